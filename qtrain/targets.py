@@ -1,0 +1,77 @@
+"""Which modules are quantized: include patterns, keep_float patterns, and no silence.
+
+Patterns are shell globs over module names as `model.named_modules()` gives them (`*.attention.*`, `bert.pooler.dense`).
+A pattern that matches no module is an error (law 4), since it is a typing mistake or the wrong model.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from qtrain.lazy import lazy_import
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+else:
+    torch = lazy_import("torch")
+
+
+@dataclass
+class Scheme:
+    """Which modules go on which grids; the common part of every quantizer's options."""
+
+    defaults: list[Any] = field(
+        default_factory=lambda: [{"/grid@weight": "affine"}, {"/grid@embedding": "affine"}, {"/grid@activation": None}, "_self_"]
+    )
+    weight: Any = None
+    """Grid of Linear weights (`grid@quantizer.weight=NAME`; its options follow: quantizer.weight.bits=3)."""
+    embedding: Any = None
+    """Grid of Embedding weights; null leaves embeddings in float."""
+    activation: Any = None
+    """Grid of the inputs of Linear layers; null (the default) leaves them in float."""
+    activation_range: str = "dynamic"
+    """dynamic (scale from each input) or static (range tracked in training, then fixed)."""
+    include: list[str] = field(default_factory=lambda: ["*"])
+    """Patterns of modules to quantize."""
+    keep_float: list[str] = field(default_factory=list)
+    """Patterns of modules to leave in float, besides those that the model family keeps."""
+
+    def __post_init__(self) -> None:
+        if self.activation_range not in ("dynamic", "static"):
+            raise ValueError(f"quantizer.activation_range is {self.activation_range!r}; valid: dynamic, static")
+        granularity = getattr(self.activation, "granularity", "tensor")
+        if self.activation is not None and self.activation_range == "static" and granularity != "tensor":
+            raise ValueError(
+                f"a static activation range has one scale per tensor, given quantizer.activation.granularity={granularity}; "
+                "set quantizer.activation.granularity=tensor or quantizer.activation_range=dynamic"
+            )
+
+
+def select(model: nn.Module, include: list[str], keep_float: list[str]) -> tuple[dict[str, nn.Module], list[str]]:
+    """The Linear and Embedding modules to quantize, by name, and the names of those kept in float.
+
+    Raises:
+        ValueError: if a pattern matches no Linear or Embedding, or nothing is left to quantize.
+    """
+    candidates = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))}
+    for key, patterns in (("include", include), ("keep_float", keep_float)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in candidates):
+                close = difflib.get_close_matches(pattern, list(candidates), n=3, cutoff=0.3) or list(candidates)[:3]
+                raise ValueError(
+                    f"quantizer.{key} pattern {pattern!r} matches none of the {len(candidates)} Linear and Embedding modules; "
+                    f"the nearest are {', '.join(close)}. Set quantizer.{key}=['{close[0] if close else '*'}'], say."
+                )
+    kept = [n for n in candidates if _matches(n, keep_float)]
+    chosen = {n: m for n, m in candidates.items() if _matches(n, include) and n not in kept}
+    if not chosen:
+        raise ValueError(f"include={include} without keep_float={keep_float} leaves nothing to quantize. Set quantizer.keep_float=[]")
+    return chosen, [n for n in candidates if n not in chosen]
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in patterns)
