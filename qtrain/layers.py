@@ -13,7 +13,7 @@ per group along K) or static (an `Observer` tracks the range in training, the sc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ class Observer(nn.Module):
     """Tracks the range of an activation and holds the static parameters that follow from it.
 
     The range is a moving average of each batch's minimum and maximum (Jacob et al. 2018, arXiv 1712.05877, section 3.1), with
-    `momentum` the weight of the new batch. The first batch sets it.
+    `momentum` the weight of the new batch. The first 1/momentum batches are averaged evenly: else the first of them would be all that
+    a short calibration sees.
     """
 
     low: Tensor
@@ -49,8 +50,10 @@ class Observer(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Fold the range of one batch in."""
+        if not x.numel():
+            return
         low, high = x.detach().float().aminmax()
-        weight = 1.0 if int(self.seen) == 0 else self.momentum
+        weight = max(self.momentum, 1.0 / (int(self.seen) + 1))
         self.low.lerp_(low, weight)
         self.high.lerp_(high, weight)
         self.seen += 1
@@ -129,7 +132,14 @@ class FakeWeight(nn.Module):
         assert stored is not None
         scale = straight_through(self.scale, stored["scale"], None).unsqueeze(-1)
         y = learned_step(grid.groups(w), scale, grid.low, grid.high)  # type: ignore[attr-defined]
-        return grid.ungroup(y, tuple(w.shape))  # type: ignore[attr-defined]
+        return grid.ungroup(y, tuple(w.shape)).to(w.dtype)  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FakeWeight:
+        """Frozen scales are no buffers (float checkpoints must load), so they follow the model to its device here."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.frozen is not None:
+            self.frozen = {n: p.to(fn(p.new_empty(0)).device) for n, p in self.frozen.items()}
+        return self
 
 
 class FakeLayer(nn.Module):
@@ -164,6 +174,7 @@ class FakeLinear(nn.Linear, FakeLayer):
         self.weight_fake = FakeWeight(weight)
         self.activation_fake = FakeActivation(activation, static) if activation is not None else None
         self.enabled = True
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
@@ -186,6 +197,7 @@ class FakeEmbedding(nn.Embedding, FakeLayer):
         self.activation_fake = None
         self.enabled = True
         self.whole = getattr(weight, "granularity", "") == "tensor"
+        self.train(embedding.training)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., D]."""
@@ -222,6 +234,7 @@ class QuantizedLinear(QuantizedLayer):
     """A Linear that holds integer codes and computes what `FakeLinear` computed, bit for bit."""
 
     kind = "linear"
+    bias: Tensor | None
 
     def __init__(self, q: QuantizedTensor, bias: Tensor | None, activation: FakeActivation | None = None) -> None:
         super().__init__()
@@ -234,7 +247,7 @@ class QuantizedLinear(QuantizedLayer):
         """x [..., I] -> [..., O]."""
         if self.activation_fake is not None:
             x = self.activation_fake(x)
-        return F.linear(x, self.quantized.decode(), self.bias)
+        return F.linear(x, self.quantized.decode().to(x.dtype), self.bias)
 
 
 class QuantizedEmbedding(QuantizedLayer):
@@ -242,10 +255,12 @@ class QuantizedEmbedding(QuantizedLayer):
 
     kind = "embedding"
 
-    def __init__(self, q: QuantizedTensor) -> None:
+    def __init__(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self._store(q)
         self.num_embeddings, self.embedding_dim = q.shape
+        self.dtype = dtype
+        """Type of the output: that of the weight before it became codes."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., D]."""
@@ -253,14 +268,17 @@ class QuantizedEmbedding(QuantizedLayer):
         if self.codes.shape[0] == q.params["scale"].shape[0]:  # gather first: rows are independent
             flat = ids.reshape(-1)
             rows = QuantizedTensor(q.grid, q.codes[flat], {n: p[flat] for n, p in q.params.items()})
-            return rows.decode().reshape(*ids.shape, -1)
-        return F.embedding(ids, q.decode())
+            return rows.decode().reshape(*ids.shape, self.embedding_dim).to(self.dtype)
+        return F.embedding(ids, q.decode().to(self.dtype))
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put ``layer`` where the module called ``name`` is."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
+    """Put ``layer`` where the module called ``name`` is, and wherever else that same module is (T5 holds its embedding three times)."""
+    old = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for leaf, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, leaf, layer)
 
 
 def fake_layers(model: nn.Module) -> Iterator[tuple[str, FakeLayer]]:
@@ -271,6 +289,31 @@ def fake_layers(model: nn.Module) -> Iterator[tuple[str, FakeLayer]]:
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     """Names and converted layers, in module order."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLayer))
+
+
+def _unswappable(model: nn.Module) -> Callable[[nn.Module], str | None]:
+    """A function that says why a module cannot be swapped whatever its shape, or None if it can."""
+    fused: set[int] = set()
+    if torch.backends.mha.get_fastpath_enabled():
+        fused = {id(m) for e in model.modules() if isinstance(e, nn.TransformerEncoderLayer) for m in (e.linear1, e.linear2)}
+
+    def why(module: nn.Module) -> str | None:
+        base = nn.Embedding if isinstance(module, nn.Embedding) else nn.Linear
+        if type(module).forward is not base.forward:
+            return f"{type(module).__name__} has a forward of its own, which a fake-quantized {base.__name__} does not repeat"
+        if not isinstance(module.weight, nn.Parameter):
+            return "its weight is computed (a parametrization); remove it first, with torch.nn.utils.parametrize.remove_parametrizations"
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return "nn.MultiheadAttention reads its weight and never calls it"
+        if id(module) in fused:
+            return "nn.TransformerEncoderLayer reads its weight in evaluation, unless torch.backends.mha.set_fastpath_enabled(False)"
+        if getattr(module, "max_norm", None) is not None:
+            return "max_norm rewrites rows as they are looked up, which codes cannot follow"
+        if module is model:
+            return "it is the model itself; put it in an nn.Sequential"
+        return None
+
+    return why
 
 
 def prepare(
@@ -287,16 +330,20 @@ def prepare(
         Names of those that were swapped; Embeddings stay in float where ``embedding`` is None.
 
     Raises:
-        ValueError: naming every module whose shape does not fit its grid.
+        ValueError: naming every module whose shape, or whose inputs, do not fit the grid, or that computes in its own way.
     """
     swaps: dict[str, nn.Module] = {}
     misfits = []
+    unswappable = _unswappable(model)
     for name, module in modules.items():
         is_embedding = isinstance(module, nn.Embedding)
         grid = embedding if is_embedding else weight
         if grid is None:
             continue
-        why = grid.check_shape(tuple(module.weight.shape))
+        why = unswappable(module) or grid.check_shape(tuple(module.weight.shape))  # type: ignore[arg-type]
+        if not why and activation is not None and not is_embedding:
+            inputs = activation.check_shape((1, int(module.in_features)))  # type: ignore[arg-type]
+            why = inputs and f"as the grid of its inputs, {inputs}"
         if why:
             misfits.append(f"{name}: {why}")
         elif is_embedding:
@@ -318,10 +365,12 @@ def calibrate(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
     model.eval()
     for observer in observers:
         observer.calibrating = True
-    for batch in batches:
-        model(**batch)
-    for observer in observers:
-        observer.calibrating = False
+    try:
+        for batch in batches:
+            model(**batch)
+    finally:
+        for observer in observers:
+            observer.calibrating = False
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -330,14 +379,21 @@ def convert(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if a weight is not finite.
     """
-    shared: dict[int, QuantizedTensor] = {}  # tied weights stay one tensor
+    shared: dict[int, list[QuantizedTensor]] = {}  # tied weights stay one tensor, unless their grids or scales differ
     for name, layer in list(fake_layers(model)):
-        key = id(layer.weight)
-        if key not in shared:
-            shared[key] = layer.encode(name)
-        q = shared[key]
+        q = layer.encode(name)
+        twins = shared.setdefault(id(layer.weight), [])
+        same = next((t for t in twins if _equal(t, q)), None)
+        if same is None:
+            twins.append(q)
+        q = same or q
         if isinstance(layer, FakeLinear):
             replace(model, name, QuantizedLinear(q, layer.bias, layer.activation_fake))
         else:
-            replace(model, name, QuantizedEmbedding(q))
+            replace(model, name, QuantizedEmbedding(q, layer.weight.dtype))
     return model.eval()
+
+
+def _equal(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    same = a.grid == b.grid and a.params.keys() == b.params.keys() and torch.equal(a.codes, b.codes)
+    return same and all(torch.equal(a.params[n], b.params[n]) for n in a.params)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qtrain.lazy import lazy_import
 
@@ -22,10 +22,13 @@ else:
 
 @dataclass
 class Scheme:
-    """Which modules go on which grids; the common part of every quantizer's options."""
+    """Which modules go on which grids, and how they get there: the common part of every quantizer."""
+
+    trains: ClassVar[bool] = False
+    """Whether the run trains the prepared model."""
 
     defaults: list[Any] = field(
-        default_factory=lambda: [{"/grid@weight": "affine"}, {"/grid@embedding": "affine"}, {"/grid@activation": None}, "_self_"]
+        default_factory=lambda: ["_self_", {"/grid@weight": "affine"}, {"/grid@embedding": None}, {"/grid@activation": None}]
     )
     weight: Any = None
     """Grid of Linear weights (`grid@quantizer.weight=NAME`; its options follow: quantizer.weight.bits=3)."""
@@ -49,6 +52,34 @@ class Scheme:
                 f"a static activation range has one scale per tensor, given quantizer.activation.granularity={granularity}; "
                 "set quantizer.activation.granularity=tensor or quantizer.activation_range=dynamic"
             )
+
+    def prepare(self, model: nn.Module, keep_float: list[str]) -> list[str]:
+        """Fake-quantize ``model`` in place.
+
+        Args:
+            keep_float: patterns of modules that the model's family keeps in float.
+
+        Returns:
+            Names of the Linear and Embedding modules left in float.
+
+        Raises:
+            ValueError: if a pattern matches nothing, or a module does not fit its grid.
+        """
+        from qtrain.layers import prepare
+
+        chosen, kept = select(model, self.include, [*self.keep_float, *keep_float])
+        swapped = prepare(model, chosen, self.weight, self.embedding, self.activation, self.activation_range == "static")
+        return sorted([*kept, *(name for name in chosen if name not in swapped)])
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        """Integer codes instead of fake-quant, in place; changes no bit of any output."""
+        from qtrain.layers import convert
+
+        return convert(model)
+
+    def callbacks(self) -> list[Any]:
+        """Lightning callbacks for the stage that trains the prepared model."""
+        return []
 
 
 def select(model: nn.Module, include: list[str], keep_float: list[str]) -> tuple[dict[str, nn.Module], list[str]]:

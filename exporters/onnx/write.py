@@ -1,0 +1,141 @@
+"""Write a traced graph to disk: lowered, fused if the fused graph computes the same, with metadata, as one file or with external data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from exporters.base import Inputs, PackedLayer, packed_layers, quantizes_activations
+from exporters.onnx import lower, runtime, trace
+from exporters.onnx.layout import Layout
+from qtrain.receipt import nmse
+
+PROTOBUF_LIMIT = 1_900_000_000
+"""Bytes of initializers above which they go to a file of their own; a protobuf message holds 2 GB."""
+PARITY_NMSE, PARITY_NMSE_ACTIVATIONS = 1e-4, 5e-2
+"""How far a fused graph may be from the traced module, on a handful of examples. A wrong fusion (a lost mask, a swapped head) is off by
+0.1 or more; int8 rounding flips by up to 1e-2. The receipt then compares the whole test split at its own tolerance."""
+
+
+@dataclass
+class Written:
+    """One ONNX file."""
+
+    files: list[Path]
+    """The file, and the external data where it needed one."""
+    fused: dict[str, int]
+    fallback: str = ""
+    """Why the fusions were left out, where they were asked for."""
+
+
+def write_model(
+    model: nn.Module,
+    path: Path,
+    example: Inputs,
+    max_length: int,
+    opset: int,
+    fuse: bool,
+    layouts: Mapping[str, Layout],
+    metadata: dict[str, str],
+) -> Written:
+    """Trace ``model``, fuse, put the codes in and save; ``layouts`` is empty for a float model."""
+    layers = {name: layer for name, layer in packed_layers(model).items() if name in layouts}
+    graph = trace.trace(model, example, max_length, opset)
+    fallback = ""
+    if fuse:
+        plain = graph.clone()
+        try:
+            return _finish(trace.fuse(graph), path, layers, layouts, metadata, model, example, opset)
+        except Exception as error:  # whatever a rewriter raises: the plain graph is still right, and the receipt says so
+            fallback = f"fused graph left out: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+            if isinstance(error, OSError):
+                raise
+        graph = plain
+    written = _finish(graph, path, layers, layouts, metadata, None, example, opset)
+    written.fallback = fallback
+    return written
+
+
+def _finish(
+    graph: ir.Model,
+    path: Path,
+    layers: dict[str, PackedLayer],
+    layouts: Mapping[str, Layout],
+    metadata: dict[str, str],
+    reference: nn.Module | None,
+    example: Inputs,
+    opset: int,
+) -> Written:
+    if layers:
+        lower.lower(graph, layers, dict(layouts))
+    _check_versions(graph, opset)
+    graph.producer_name = "qtrain"
+    graph.metadata_props.clear()
+    graph.metadata_props.update(metadata)
+    files = save(graph, path)
+    onnx.checker.check_model(str(path))
+    if reference is not None:
+        _check_parity(path, reference, example)
+    return Written(files, trace.fused_ops(graph))
+
+
+def save(graph: ir.Model, path: Path) -> list[Path]:
+    """Save, beside a `.data` file where the initializers exceed what one protobuf message holds.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    data = path.with_name(path.name + ".data")
+    data.unlink(missing_ok=True)
+    size = sum(v.const_value.nbytes for v in graph.graph.initializers.values() if v.const_value is not None)
+    if size <= PROTOBUF_LIMIT:
+        ir.save(graph, path)
+        return [path]
+    ir.save(graph, path, external_data=data.name)
+    return [path, data]
+
+
+def _check_versions(graph: ir.Model, opset: int) -> None:
+    if graph.opset_imports[""] > opset:
+        needed = graph.opset_imports[""]
+        raise ValueError(f"the graph needs opset {needed}, more than the {opset} asked for; set export.onnx.opset={needed}")
+
+
+def _check_parity(path: Path, reference: nn.Module, example: Inputs) -> None:
+    """Compare with the module on the example, on one example of it, and on a shorter sequence."""
+    session = runtime.open_session(path)
+    tolerance = PARITY_NMSE_ACTIVATIONS if quantizes_activations(reference) else PARITY_NMSE
+    shorter = {n: x[:, : max(2, x.shape[1] // 2)] if x.ndim == 2 and not x.is_floating_point() else x for n, x in example.items()}
+    for inputs in (example, {n: x[:1] for n, x in example.items()}, shorter):
+        error = nmse(module_logits(reference, inputs), runtime.run(session, inputs))
+        if not error <= tolerance:
+            shapes = ", ".join(str(list(x.shape)) for x in inputs.values())
+            raise ValueError(f"it differs from the module by nmse {error:.2g} on inputs of shape {shapes}")
+
+
+def module_logits(model: nn.Module, inputs: Inputs) -> torch.Tensor:
+    """Logits of the module, on its own device."""
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    with torch.no_grad():
+        return trace.logits_of(model(**{n: x.to(device) for n, x in inputs.items()}))
+
+
+def metadata_of(layers: dict[str, PackedLayer], given: dict[str, str], version: str) -> dict[str, str]:
+    """What the file says about itself: the caller's text, the grid of every packed tensor, and how a session must be set up."""
+    grids: dict[str, str] = {}
+    for name, layer in layers.items():
+        grids[name] = json.dumps(layer.quantized.grid.spec(), sort_keys=True)
+    kinds = {spec: i for i, spec in enumerate(dict.fromkeys(grids.values()))}
+    return {
+        **given,
+        "qtrain.version": version,
+        "qtrain.grids": json.dumps({"grids": [json.loads(s) for s in kinds], "tensors": {n: kinds[s] for n, s in grids.items()}}),
+        "qtrain.session_config": json.dumps(runtime.SESSION_CONFIG),
+    }

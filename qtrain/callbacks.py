@@ -1,0 +1,192 @@
+"""What happens around training steps: fake-quant schedule, checkpoints to resume from, a stop at NaN, progress."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+
+from qtrain.checkpoint import remove, save_model, tidy
+from qtrain.fit import Fit
+from qtrain.layers import FakeActivation, fake_layers
+
+
+class FakeQuantSchedule(Callback):
+    """Train in float before ``start_step``; keep scales and activation ranges fixed from ``freeze_step`` on (optimizer steps).
+
+    Evaluation is always on the grid. Both are functions of the step and of saved weights, so a resumed run does the same.
+    """
+
+    def __init__(self, start_step: int, freeze_step: int | None) -> None:
+        self.start_step = start_step
+        self.freeze_step = freeze_step
+        self.scales: dict[str, dict[str, torch.Tensor]] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Set the switches for this step."""
+        step = trainer.global_step
+        freeze = self.freeze_step is not None and step >= self.freeze_step
+        for name, layer in fake_layers(pl_module):
+            layer.enabled = step >= self.start_step
+            if freeze:
+                self._freeze(name, layer)
+
+    def _freeze(self, name: str, layer: Any) -> None:
+        fake = layer.weight_fake
+        if fake.frozen is None and (fake.scale is None or fake.scale.requires_grad):
+            if name in self.scales:  # resumed after the freeze: the scales of that step, not of today's weights
+                fake.frozen = {k: v.to(layer.weight.device) for k, v in self.scales[name].items()}
+            else:
+                fake.freeze(layer.weight)
+                self.scales[name] = {k: v.detach().cpu() for k, v in (fake.frozen or {}).items()}
+        activation = layer.activation_fake
+        if isinstance(activation, FakeActivation) and activation.observer is not None:
+            activation.observer.frozen = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Frozen scales by layer."""
+        return {"scales": {n: p for n, p in self.scales.items() if p}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore frozen scales."""
+        self.scales = state_dict["scales"]
+
+
+class StopAtNonFinite(Callback):
+    """Stop when the loss is NaN or infinite; what was saved before stays."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Check the loss of this step."""
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if loss is not None and not bool(torch.isfinite(loss)):
+            raise ValueError(
+                f"the loss is {float(loss)} at step {trainer.global_step}; the checkpoints before it are kept. "
+                "Set finetune.learning_rate (or quantizer.fit.learning_rate) lower, trainer.gradient_clip_val=1.0, or trainer.precision=32-true"
+            )
+
+
+class StepCheckpoint(Callback):
+    """Write `step-N` folders to resume from: every ``every`` optimizer steps and on Ctrl-C; only the newest is kept."""
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.folder = folder
+        self.every = every
+        self.saved = -1
+        self.rng: torch.Tensor | None = None
+        self._consistent = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the generator that draws dropout, so that the resumed run draws the same."""
+        return {"rng": torch.get_rng_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the generator's state for the first batch."""
+        self.rng = state_dict["rng"]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Restore the generator before the first batch after a resume: building the loader drew from it."""
+        self._consistent = False
+        if self.rng is not None:
+            torch.set_rng_state(self.rng.cpu())
+            self.rng = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save every `every` optimizer steps."""
+        self._consistent = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # gradients in the making are not saved
+        step = trainer.global_step
+        if self.every and step and step % self.every == 0 and step != self.saved:
+            self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """On Ctrl-C between two steps, save where we are; inside a step the last checkpoint stands."""
+        if self.every and isinstance(exception, KeyboardInterrupt) and self._consistent and trainer.global_step > max(self.saved, 0):
+            self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        self.saved = trainer.global_step
+        target = self.folder / f"step-{self.saved:08d}"
+        trainer.save_checkpoint(target)
+        tidy(self.folder, keep=target)
+
+
+class KeepBest(Callback):
+    """Keep the weights of the validation with the lowest loss, and put them back at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "best"
+        self.best = float("inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The lowest loss so far; the weights are on disk."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the lowest loss."""
+        self.best = state_dict["best"]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if better."""
+        loss = float(trainer.callback_metrics.get("validation_loss", float("inf")))
+        if loss < self.best:
+            self.best = loss
+            save_model(self.folder, pl_module.model)  # type: ignore[arg-type]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the best weights."""
+        from qtrain.checkpoint import load_weights
+
+        if self.folder.exists():
+            load_weights(self.folder, pl_module.model)  # type: ignore[arg-type]
+            remove(self.folder)
+
+
+class PlainProgress(Callback):
+    """Progress for logs and pipes, where a bar cannot redraw itself: a line every 10 % with loss, steps/s and time left."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.started = 0.0
+        self.first = 0
+        self.shown = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        import time
+
+        self.started, self.first = time.monotonic(), trainer.global_step
+        self.shown = int(10 * trainer.global_step / max(1, int(trainer.estimated_stepping_batches)))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Print when another tenth is done."""
+        import time
+
+        total, step = int(trainer.estimated_stepping_batches), trainer.global_step
+        tenth = int(10 * step / max(1, total))
+        if tenth <= self.shown:
+            return
+        self.shown = tenth
+        rate = (step - self.first) / max(1e-9, time.monotonic() - self.started)
+        loss = float(trainer.callback_metrics.get("loss", float("nan")))
+        print(f"  {self.stage}: step {step}/{total}  loss {loss:.4f}  {rate:.2f} steps/s  {(total - step) / max(rate, 1e-9):.0f} s left", flush=True)
+
+
+def progress(stage: str) -> Callback:
+    """A Rich bar on a terminal, plain lines elsewhere."""
+    if sys.stdout.isatty():
+        return RichProgressBar(leave=True, theme=RichProgressBarTheme(metrics_format=".4f"))
+    return PlainProgress(stage)
+
+
+def standard_callbacks(fit: Fit, stage: str, folder: Path) -> list[Callback]:
+    """What every training stage has."""
+    callbacks: list[Callback] = [progress(stage), StopAtNonFinite(), StepCheckpoint(folder, fit.checkpoint_every)]
+    if fit.early_stopping:
+        callbacks.append(EarlyStopping("validation_loss", patience=fit.early_stopping))
+    if fit.keep == "best":
+        callbacks.append(KeepBest(folder))
+    return callbacks

@@ -1,0 +1,195 @@
+"""Checkpoints are folders of safetensors and json: nothing is pickled, nothing is half-written.
+
+Two kinds share one format. A *model* folder holds weights (or codes), the grids by layer, the resolved config and the versions.
+A *training* folder (`step-00000200`) holds all that Lightning needs to continue: weights, optimizer moments, schedule, loop counters.
+
+    tensors.safetensors     every tensor, under its path
+    checkpoint.json         everything else, the sha256 of the tensor file, versions
+
+A folder is written under a temporary name and renamed when complete. Loading checks the sha256, so a truncated or damaged file is an
+error that says so, never wrong numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import qtrain
+from qtrain.grids.base import from_spec
+from qtrain.layers import quantized_layers
+
+TENSORS = "tensors.safetensors"
+REST = "checkpoint.json"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    found = {"qtrain": qtrain.__version__}
+    for package in ("torch", "torchao", "lightning", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def save(folder: Path, tree: dict[str, Any]) -> None:
+    """Write a tree of dicts, lists, tuples, tensors and plain values as ``folder``, all or nothing.
+
+    Raises:
+        OSError: if the disk is full or not writable; ``folder`` is then as it was before.
+        TypeError: for a value that is none of the above.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        tensors: dict[str, Tensor] = {}
+        rest = _strip(tree, "", tensors, {})
+        save_file(tensors, temporary / TENSORS)
+        document = {"format": 1, "versions": versions(), "sha256": _digest(temporary / TENSORS), "tree": rest}
+        (temporary / REST).write_text(json.dumps(document))
+        os.chmod(temporary, 0o755)
+        remove(folder)
+        os.replace(temporary, folder)
+    except SafetensorError as error:
+        raise OSError(f"checkpoint {folder} could not be written: {error}. Free disk space, or set run_dir to another disk") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """Read what `save` wrote.
+
+    Raises:
+        ValueError: if the folder is missing, incomplete or damaged.
+    """
+    folder = Path(folder)
+    try:
+        document = json.loads((folder / REST).read_text())
+        if _digest(folder / TENSORS) != document["sha256"]:
+            raise ValueError(f"the sha256 of {TENSORS} is not the one that was written")
+        return _fill(document["tree"], load_file(folder / TENSORS))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(
+            f"checkpoint {folder} is missing, truncated or damaged ({error}). Delete that folder and resume again: the stage is then repeated"
+        ) from error
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder, if there is one; renamed first, so that no half-deleted folder bears the name."""
+    if folder.exists():
+        grave = Path(tempfile.mkdtemp(prefix=".old.", dir=folder.parent))
+        os.replace(folder, grave / "x")
+        shutil.rmtree(grave, ignore_errors=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The `step-N` folder with the highest N."""
+    return max(folder.glob("step-*"), default=None) if folder.exists() else None
+
+
+def tidy(folder: Path, keep: Path | None) -> None:
+    """Delete all `step-N` folders but ``keep``, and what killed processes left."""
+    for entry in folder.glob("*") if folder.exists() else []:
+        if entry != keep and entry.name.startswith("step-"):
+            remove(entry)
+    for entry in folder.glob(".*") if folder.exists() else []:
+        shutil.rmtree(entry, ignore_errors=True)
+
+
+def save_model(folder: Path, model: nn.Module, **extra: Any) -> None:
+    """Save weights or codes of ``model``, the grid of every converted layer, and ``extra`` json-ready values."""
+    grids = {name: layer.grid.spec() for name, layer in quantized_layers(model)}
+    save(folder, {"state": dict(model.state_dict()), "grids": grids, **extra})
+
+
+def load_weights(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """Load what `save_model` saved into a model of the same shape; returns the rest of the checkpoint.
+
+    Raises:
+        ValueError: if the folder is damaged, does not fit the model, or holds other grids than the model's.
+    """
+    tree = load(folder)
+    stored = {name: from_spec(spec).spec() for name, spec in tree["grids"].items()}
+    present = {name: layer.grid.spec() for name, layer in quantized_layers(model)}
+    if stored != present:
+        different = sorted(n for n in stored.keys() | present.keys() if stored.get(n) != present.get(n))
+        raise ValueError(
+            f"checkpoint {folder} holds {different[0]} on {stored.get(different[0], 'float')}, the model has it on "
+            f"{present.get(different[0], 'float')} ({len(different)} layers differ). Load it with the config saved beside it"
+        )
+    try:
+        model.load_state_dict(tree["state"])
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint {folder} does not fit the model: {str(error).splitlines()[-1].strip()}") from error
+    return {k: v for k, v in tree.items() if k not in ("state", "grids")}
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lets Lightning save and load its training state in this format."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """See `save`."""
+        save(Path(path), checkpoint)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """See `load`."""
+        return load(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """See `remove`."""
+        remove(Path(path))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _strip(value: Any, path: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> Any:
+    """Replace tensors by references; each storage is written once, so tied weights stay tied."""
+    if isinstance(value, Tensor):
+        identity = (value.data_ptr(), tuple(value.shape), tuple(value.stride()), value.dtype) if value.numel() else path
+        if identity not in seen:
+            seen[identity] = path
+            tensors[path] = value.detach().cpu().contiguous()
+        return {"__tensor__": seen[identity]}
+    if isinstance(value, dict):
+        return {"__dict__": [[_key(k), _strip(v, f"{path}/{k}" if path else str(k), tensors, seen)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_strip(v, f"{path}/{i}", tensors, seen) for i, v in enumerate(value)]
+        return {"__tuple__": items} if isinstance(value, tuple) else items
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a checkpoint holds tensors and plain values; {path} is a {type(value).__name__}")
+
+
+def _key(key: Any) -> Any:
+    if isinstance(key, (str, int)):
+        return key
+    raise TypeError(f"a checkpoint's keys are strings or integers, not {type(key).__name__}")
+
+
+def _fill(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_fill(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "__tensor__" in value:
+        return tensors[value["__tensor__"]]
+    if "__tuple__" in value:
+        return tuple(_fill(v, tensors) for v in value["__tuple__"])
+    return {k: _fill(v, tensors) for k, v in value["__dict__"]}

@@ -1,0 +1,134 @@
+"""One training stage: options, the Lightning trainer, resume.
+
+`Fit` is what a user sets per stage (`finetune.epochs=3`, `quantizer.fit.learning_rate=1e-4`); the trainer, logger and optimizer are
+third-party classes named in `conf/` and built here, at the one place where `_target_` is instantiated.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass
+class Fit:
+    """How one stage trains."""
+
+    epochs: int = 2
+    """Passes over the training split; 0 skips the stage's training."""
+    max_steps: int = -1
+    """Optimizer steps at most; -1 for no limit."""
+    learning_rate: float = 5e-5
+    """Peak learning rate."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises from 0."""
+    schedule: str = "linear"
+    """Learning rate after the warm-up: linear or cosine (both to 0), or constant."""
+    early_stopping: int = 0
+    """Stop after this many validations without a lower validation loss; 0 for never."""
+    keep: str = "last"
+    """Which weights to go on with: last, or best (lowest validation loss, checked after each epoch)."""
+    checkpoint_every: int = 200
+    """Optimizer steps between checkpoints from which `resume=` continues; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}; valid: {', '.join(SCHEDULES)}. Set finetune.schedule=linear, say.")
+        if self.keep not in ("last", "best"):
+            raise ValueError(f"keep is {self.keep!r}; valid: last, best. Set finetune.keep=last, say.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to below 1. Set finetune.warmup=0.1, say.")
+        if self.epochs < 0 or self.learning_rate <= 0:
+            raise ValueError(
+                f"epochs is {self.epochs} and learning_rate {self.learning_rate}; epochs is at least 0 and learning_rate above 0. "
+                "Set finetune.epochs=2 finetune.learning_rate=5e-5, say."
+            )
+
+
+def build(node: dict[str, Any], key: str, **kwargs: Any) -> Any:
+    """Instantiate a third-party class from a config node: the only call site of `hydra.utils.instantiate`.
+
+    Raises:
+        ValueError: if the class cannot be imported or refuses its arguments.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, **kwargs, _convert_="all")
+    except (InstantiationException, ModuleNotFoundError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(
+            f"{key} names {node.get('_target_')}, which could not be built: {cause}. "
+            f"Choose another ({key}=…; the options are listed by --help) or install what is missing."
+        ) from error
+
+
+def resolve_precision(precision: str) -> str:
+    """Turn `auto` into bf16-mixed where bfloat16 products are faster than float32 ones, and 32-true elsewhere."""
+    import torch
+
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    capable = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return "bf16-mixed" if capable else "32-true"
+
+
+def train(
+    module: LightningModule,
+    data: LightningDataModule,
+    fit: Fit,
+    *,
+    stage: str,
+    folder: Path,
+    trainer: dict[str, Any],
+    logger: dict[str, Any] | None,
+    callbacks: list[Callback],
+    resume: bool,
+) -> Trainer:
+    """Train ``module`` and leave its weights in it.
+
+    Args:
+        stage: "float" or "qat"; names the logs.
+        folder: where this stage's resumable checkpoints go.
+        trainer, logger: config nodes of third-party classes.
+        resume: continue from the newest complete checkpoint in ``folder``, if there is one.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C, after a resumable checkpoint was written.
+        ValueError: if the loss is not finite, or a checkpoint to resume from is corrupt.
+    """
+    from qtrain.callbacks import standard_callbacks
+    from qtrain.checkpoint import SafeCheckpointIO, newest
+
+    node = dict(trainer)
+    node["precision"] = resolve_precision(str(node.get("precision", "auto")))
+    last = newest(folder) if resume else None
+    instance: Trainer = build(
+        node,
+        "trainer",
+        max_epochs=fit.epochs,
+        max_steps=fit.max_steps,
+        callbacks=[*callbacks, *standard_callbacks(fit, stage, folder)],
+        logger=build(logger, "logger", name=stage) if logger else False,
+        plugins=[SafeCheckpointIO()],
+        default_root_dir=str(folder),
+        enable_checkpointing=False,
+        enable_progress_bar=sys.stdout.isatty(),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    try:
+        instance.fit(module, datamodule=data, ckpt_path=str(last) if last else None, weights_only=True)
+    except SystemExit:  # Lightning turns Ctrl-C into exit(1)
+        raise KeyboardInterrupt from None
+    return instance

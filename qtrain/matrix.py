@@ -1,0 +1,90 @@
+"""README's support matrix, generated from the registries, so that it cannot be out of date: a test regenerates it.
+
+    python -m qtrain.matrix README.md            write it between the markers
+    python -m qtrain.matrix --check README.md    fail if it would change
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qtrain import registry
+from qtrain.grids.affine import Affine
+from qtrain.grids.base import Grid
+from qtrain.layers import FakeActivation, QuantizedEmbedding, QuantizedLinear
+
+START, END = "<!-- support matrix: python -m qtrain.matrix README.md -->", "<!-- end of support matrix -->"
+
+CASES: list[tuple[str, str, Grid, Grid | None]] = [
+    *[(f"INT{b} weights, group 32", "linear", Affine(bits=b, rule="signed_absmax"), None) for b in range(2, 9)],
+    ("INT4 weights, group 128, asymmetric", "linear", Affine(rule="minmax", group_size=128), None),
+    ("INT4 weights, per channel", "linear", Affine(granularity="channel"), None),
+    ("INT4 weights, group 24", "linear", Affine(group_size=24), None),
+    ("INT4 weights + INT8 activations of MLAS, group 32", "linear", Affine(rule="signed_absmax"), Affine(bits=8, rule="absmax_mlas")),
+    ("INT4 weights + INT8 activations per token", "linear", Affine(), Affine(bits=8, granularity="token")),
+    ("INT8 embedding rows", "embedding", Affine(bits=8, granularity="channel"), None),
+    ("INT4 embeddings, group 64", "embedding", Affine(rule="signed_absmax", group_size=64), None),
+]
+"""What is asked of every exporter: a title, the kind of layer, its weight grid and its activation grid."""
+
+
+def layer(kind: str, weight: Grid, activation: Grid | None) -> nn.Module:
+    """A model of one converted layer, 384 wide."""
+    q = weight.encode(torch.linspace(-1, 1, 384 * 8).reshape(8, 384))
+    if kind == "embedding":
+        return nn.Sequential(QuantizedEmbedding(q))
+    return nn.Sequential(QuantizedLinear(q, None, FakeActivation(activation) if activation is not None else None))
+
+
+def exporter_table() -> str:
+    """Grid x exporter: yes, or why not."""
+    exporters = registry.entries("export")
+    lines = ["| grid | " + " | ".join(f"`export=[{e.name}]`" for e in exporters) + " |", "|---" * (len(exporters) + 1) + "|"]
+    for title, kind, weight, activation in CASES:
+        model = layer(kind, weight, activation)
+        cells = ["no" if e.cls().refusals(model) else "yes" for e in exporters]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def options_table() -> str:
+    """Every registered option with its line."""
+    lines = ["| option | what |", "|---|---|"]
+    for group in registry.PACKAGES:
+        lines += [f"| `{group}={entry.name}` | {entry.summary} |" for entry in registry.entries(group)]
+    return "\n".join(lines)
+
+
+def generate() -> str:
+    """The text between the markers."""
+    return f"{START}\n\n{options_table()}\n\n{exporter_table()}\n\n{END}"
+
+
+def replaced(text: str) -> str:
+    """``text`` with a fresh matrix.
+
+    Raises:
+        ValueError: if the markers are missing.
+    """
+    if START not in text or END not in text:
+        raise ValueError(f"the file has no support matrix; put these two lines where it belongs:\n{START}\n{END}")
+    head, _, rest = text.partition(START)
+    return head + generate() + rest.partition(END)[2]
+
+
+def main() -> None:
+    """Write or check the file named on the command line."""
+    path = Path(sys.argv[-1])
+    old = path.read_text()
+    new = replaced(old)
+    if "--check" in sys.argv:
+        sys.exit(0 if old == new else f"{path}: the support matrix is out of date; run python -m qtrain.matrix {path}")
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()

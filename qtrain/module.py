@@ -1,0 +1,108 @@
+"""The one LightningModule: classification with cross-entropy, and distillation from a float teacher where asked.
+
+Float fine-tuning, QAT and every later method train through it; what differs between them is which layers the model has and
+which callbacks run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from qtrain.fit import Fit
+
+Batch = tuple[dict[str, Tensor], Tensor]
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: a tensor, or what transformers models return."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
+class Module(LightningModule):
+    """Trains ``model`` on batches of (keyword inputs, labels)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fit: Fit,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        teacher: nn.Module | None = None,
+        distill_weight: float = 0.0,
+        temperature: float = 1.0,
+    ) -> None:
+        """``distill_weight`` w mixes (1 - w) * cross-entropy + w * T^2 * KL(teacher || student) at temperature T (Hinton et al. 2015)."""
+        super().__init__()
+        self.model = model
+        self.fit_options = fit
+        self.make_optimizer = optimizer
+        self.distill_weight = distill_weight
+        self.temperature = temperature
+        # in a list: neither a submodule, nor in checkpoints, nor put in training mode
+        self._teacher = [teacher.eval().requires_grad_(False)] if teacher is not None and distill_weight > 0 else []
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Keyword inputs -> logits [N, C]."""
+        return logits_of(self.model(**inputs))
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        """Loss of one batch."""
+        inputs, labels = batch
+        logits = self(inputs).float()
+        loss = F.cross_entropy(logits, labels)
+        if self._teacher:
+            loss = (1 - self.distill_weight) * loss + self.distill_weight * self._distillation(logits, inputs)
+        self.log("loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def _distillation(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        teacher = self._teacher[0].to(logits.device)
+        with torch.no_grad():
+            target = F.log_softmax(logits_of(teacher(**inputs)).float() / self.temperature, -1)
+        student = F.log_softmax(logits / self.temperature, -1)
+        return F.kl_div(student, target, reduction="batchmean", log_target=True) * self.temperature**2
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        """Log loss and accuracy of the validation split."""
+        inputs, labels = batch
+        logits = self(inputs).float()
+        self.log("validation_loss", F.cross_entropy(logits, labels), prog_bar=True, batch_size=len(labels))
+        self.log("validation_accuracy", (logits.argmax(-1) == labels).float().mean(), prog_bar=True, batch_size=len(labels))
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip; Lightning refuses to under bf16-mixed with a fused optimizer, which is only wrong where gradients are scaled (float16)."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def configure_optimizers(self) -> Any:
+        """Weight decay on matrices only; the schedule advances each optimizer step."""
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        decayed = [p for n, p in trained.items() if p.ndim > 1 and not n.endswith("weight_fake.scale")]
+        rest = [p for n, p in trained.items() if p.ndim <= 1 or n.endswith("weight_fake.scale")]
+        optimizer = self.make_optimizer([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], lr=self.fit_options.learning_rate)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, self.fit_options))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def learning_rate_factor(step: int, steps: int, fit: Fit) -> float:
+    """Share of the peak learning rate at ``step`` of ``steps``."""
+    warmup = math.ceil(fit.warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if fit.schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, steps - warmup)
+    return max(0.0, 1 - done) if fit.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

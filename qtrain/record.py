@@ -1,0 +1,90 @@
+"""run.json: what a run did, written after every stage, so that a failed or killed run tells how far it came."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from qtrain.checkpoint import versions
+from qtrain.console import console
+from qtrain.sweep import write_json
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size of this process so far, bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+class Record:
+    """Collects the keys of run.json (see DESIGN: keys are only ever added; units are in the names)."""
+
+    def __init__(self, folder: Path, recipe: str, seed: int, config: dict[str, Any]) -> None:
+        self.path = folder / "run.json"
+        self.data: dict[str, Any] = {
+            "recipe": recipe,
+            "seed": seed,
+            "status": "failed",
+            "error": "stopped before it was done",
+            "versions": versions(),
+            "config": config,
+            "stages": {},
+            "quantized": [],
+            "kept_float": [],
+            "fallbacks": [],
+            "size": {},
+            "exports": [],
+            "notes": [],
+            "timing_s": {},
+            "peak_rss_bytes": 0,
+        }
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, print its name, write run.json when it is done."""
+        console.print(f"[bold]{name}[/]")
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.data["timing_s"][name] = round(self.data["timing_s"].get(name, 0.0) + time.monotonic() - started, 3)
+        self.write()
+
+    def fallback(self, name: str, why: str) -> None:
+        """Count and print something that went another way than asked (law 4)."""
+        self.data["fallbacks"].append({"name": name, "why": why})
+        console.print(f"[yellow]fallback[/] {name}: {why}")
+
+    def note(self, text: str) -> None:
+        """Something the user should know; no fallback."""
+        self.data["notes"].append(text)
+        console.print(f"[dim]{text}[/]")
+
+    def passed(self) -> None:
+        """All receipts passed."""
+        self.data["status"] = "passed"
+        self.data.pop("error", None)
+        self.write()
+
+    def failed(self, why: str) -> None:
+        """The run ends here; keeps quiet if even this cannot be written, since the reason is on its way to the user."""
+        self.data.update(status="failed", error=why)
+        try:
+            self.write()
+        except OSError:
+            pass
+
+    def write(self) -> None:
+        """Write run.json atomically."""
+        self.data["peak_rss_bytes"] = peak_rss_bytes()
+        write_json(self.path, self.data)

@@ -1,0 +1,114 @@
+"""Small real inputs: a BERT of two layers with a tokenizer of its own, sentences it can learn, and the command line."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GOOD = ["good", "great", "fine", "lovely", "bright", "superb", "charming", "witty"]
+BAD = ["bad", "awful", "dull", "boring", "weak", "clumsy", "tedious", "flat"]
+NEUTRAL = "the film a plot with its cast and one scene of this story that was in an actor who is very".split()
+
+
+def shared_data() -> Path:
+    """Real models and data, where a developer has them."""
+    return Path(os.environ.get("QTRAIN_SHARED", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_hub() -> None:
+    """Tests never wait for a model hub."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def save_tiny_bert(folder: Path, hidden: int = 64, intermediate: int = 128) -> Path:
+    """A randomly initialised two-layer BERT with a word-level WordPiece vocabulary, as a transformers folder."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, set_seed
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *NEUTRAL]
+    vocabulary = {w: i for i, w in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    set_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=intermediate,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_reviews(path: Path, count: int, seed: int) -> Path:
+    """Sentences with more good or more bad words, labelled so; tab-separated."""
+    draw = random.Random(seed)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["sentence", "label"])
+        for i in range(count):
+            label = i % 2
+            words = draw.choices(NEUTRAL, k=draw.randint(3, 12)) + draw.choices(GOOD if label else BAD, k=2)
+            draw.shuffle(words)
+            writer.writerow([" ".join(words), label])
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny BERT."""
+    return save_tiny_bert(tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """train.tsv (320 sentences) and test.tsv (96)."""
+    folder = tmp_path_factory.mktemp("reviews")
+    return {"train": write_reviews(folder / "train.tsv", 320, 1), "test": write_reviews(folder / "test.tsv", 96, 2)}
+
+
+@pytest.fixture(scope="session")
+def tiny_options(tiny_bert: Path, reviews: dict[str, Path]) -> list[str]:
+    """Overrides that run any BERT recipe on the tiny model and data in seconds."""
+    return [
+        f"model.path={tiny_bert}",
+        "data=csv",
+        f"data.train={reviews['train']}",
+        f"data.test={reviews['test']}",
+        "data.text_column=sentence",
+        "data.label_column=label",
+        "finetune.epochs=3",
+        "finetune.learning_rate=2e-3",
+        "trainer.precision=32-true",
+    ]
+
+
+def qtrain(*args: str, cwd: Path, timeout: float | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m qtrain` as a user does."""
+    return subprocess.run(
+        [sys.executable, "-m", "qtrain", *args],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

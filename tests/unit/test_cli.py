@@ -1,0 +1,185 @@
+"""What a person sees at the command line: lists, help, errors that say what to type, sweeps, Ctrl-C and resume."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qtrain.config import recipe_files
+from tests.conftest import qtrain
+
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "lightning", "datasets", "torchao")
+
+
+def short_error(done: subprocess.CompletedProcess[str]) -> str:
+    """The message of a run that must fail, without a traceback."""
+    assert done.returncode not in (0, None), done.stdout
+    assert "Traceback" not in done.stderr + done.stdout
+    return " ".join((done.stderr + done.stdout).split())
+
+
+def test_alone_it_lists_the_recipes(tmp_path: Path) -> None:
+    done = qtrain(cwd=tmp_path)
+    assert done.returncode == 0
+    for name in recipe_files():
+        assert name in done.stdout
+
+
+def test_an_unknown_recipe_lists_the_recipes_and_the_nearest(tmp_path: Path) -> None:
+    text = short_error(qtrain("+recipe=qat_int4_bret", cwd=tmp_path))
+    assert "Did you mean qat_int4_bert?" in text
+    assert all(name in text for name in recipe_files())
+
+
+@pytest.mark.parametrize("args", [["--help"], ["+recipe=qat_int4_bert", "--cfg", "job"], ["+recipe=qat_int4_bert", "quantizer.weight.bitz=3"]])
+def test_help_and_config_errors_import_nothing_heavy(args: list[str], tmp_path: Path) -> None:
+    probe = (
+        "import sys, runpy\n"
+        f"sys.argv = ['qtrain', *{args!r}]\n"
+        "try:\n    runpy.run_module('qtrain', run_name='__main__')\nexcept SystemExit:\n    pass\n"
+        f"print('HEAVY', [m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "HEAVY []" in done.stdout, done.stdout + done.stderr
+
+
+def test_help_lists_every_option(tmp_path: Path) -> None:
+    text = qtrain("--help", cwd=tmp_path).stdout
+    for line in ("quantizer: qat, rtn, torchao_qat", "grid: affine", "export: onnx", "model: sequence_classification"):
+        assert line in text
+    assert all(name in text for name in recipe_files())
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("quantizer.weight.bitz=3", ["quantizer.weight.bitz", "Did you mean bits?", "group_size"]),
+        ("quantizer.weight.bits=many", ["quantizer.weight.bits", "many"]),
+        ("quantizer.weight.bits=9", ["bits is 9", "2 to 8", "quantizer.weight.bits=4"]),
+        ("quantizer=qatt", ["quantizer", "qatt", "Did you mean qat?"]),
+        ("quantizer.weight.rule=best", ["rule", "best", "signed_absmax"]),
+        ("quantizer.weight.group_size=48", ["group_size 48 does not divide", "remainder=short", "keep_float"]),
+        ("quantizer.include=['*.nothing']", ["'*.nothing'", "matches none", "quantizer.include="]),
+        ("quantizer.keep_float=['bert.poolr.*']", ["bert.poolr.*", "bert.pooler.dense"]),
+        ("data.text_column=phrase", ["phrase", "sentence", "data.text_column="]),
+        ("data.label_column=sentence", ["label"]),
+        ("data.train=/nowhere/a.tsv", ["/nowhere/a.tsv", "data.train="]),
+        ("model.path=/nowhere/model", ["/nowhere/model", "model.path="]),
+        ("finetune.schedule=zigzag", ["zigzag", "linear, cosine, constant"]),
+        ("optimizer._target_=torch.optim.NoSuch", ["torch.optim.NoSuch", "optimizer"]),
+        ("+grid@quantizer.activation=affine", []),
+        ("resume=/nowhere", ["/nowhere", "is not a run"]),
+    ],
+)
+def test_bad_input_ends_in_one_short_message(override: str, parts: list[str], tiny_options: list[str], tmp_path: Path) -> None:
+    options = [o for o in tiny_options if o.partition("=")[0] != override.partition("=")[0]]
+    text = short_error(qtrain("+recipe=qat_int4_bert", *options, override, f"run_dir={tmp_path / 'run'}", cwd=tmp_path))
+    for part in parts:
+        assert part in text, text
+    assert len(text) < 1500
+    assert not list(tmp_path.glob("run/exports/**/*.onnx"))
+
+
+def test_an_exporter_that_cannot_hold_the_grid_refuses_before_training(tiny_options: list[str], tmp_path: Path) -> None:
+    options = ["+recipe=qat_int4_bert", *tiny_options, "grid@quantizer.activation=affine", "quantizer.activation.granularity=token", "quantizer.activation.bits=8"]
+    started = time.monotonic()
+    text = short_error(qtrain(*options, f"run_dir={tmp_path / 'run'}", cwd=tmp_path))
+    assert "absmax_mlas" in text
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "failed" and "absmax_mlas" in run["error"]
+    assert "float" not in run["stages"], time.monotonic() - started
+
+
+def test_an_unwritable_run_dir_is_named(tiny_options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    text = short_error(qtrain("+recipe=rtn_int4_bert", *tiny_options, f"run_dir={tmp_path / 'file' / 'run'}", cwd=tmp_path))
+    assert "run_dir=" in text
+
+
+def test_a_used_run_dir_is_never_written_over(tiny_options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    text = short_error(qtrain("+recipe=rtn_int4_bert", *tiny_options, f"run_dir={tmp_path / 'run'}", cwd=tmp_path))
+    assert "holds a run already" in text
+    assert (tmp_path / "run" / "run.json").read_text() == "{}"
+
+
+def test_debug_true_shows_the_traceback(tiny_options: list[str], tmp_path: Path) -> None:
+    done = qtrain("+recipe=rtn_int4_bert", *tiny_options, "data.train=/nowhere/a.tsv", "debug=true", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_a_users_own_recipes_come_from_config_dir(tiny_options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine" / "recipe").mkdir(parents=True)
+    (tmp_path / "mine" / "recipe" / "own.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /quantizer: rtn\nrecipe: own\nquantizer:\n  weight: {bits: 5}\n"
+    )
+    done = qtrain("--config-dir", str(tmp_path / "mine"), "+recipe=own", *tiny_options, "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "bits: 5" in done.stdout
+
+
+def test_a_misspelt_key_in_a_recipe_names_file_and_key(tiny_options: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine" / "recipe").mkdir(parents=True)
+    (tmp_path / "mine" / "recipe" / "own.yaml").write_text("# @package _global_\nquantizer:\n  wieght: {bits: 5}\n")
+    text = short_error(qtrain("--config-dir", str(tmp_path / "mine"), "+recipe=own", *tiny_options, cwd=tmp_path))
+    assert "recipe/own" in text and "wieght" in text and "Did you mean weight?" in text
+
+
+def test_a_sweep_ends_with_a_table_and_a_csv_and_survives_a_failed_job(tiny_options: list[str], tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    done = qtrain("-m", "+recipe=rtn_int4_bert", *tiny_options, "finetune.epochs=1", "quantizer.weight.bits=2,9,4", f"run_dir={sweep}", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr  # a job failed
+    with (sweep / "multirun.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["status"] for r in rows] == ["passed", "passed", "failed"]
+    by_bits = {r["options"].partition("bits=")[2].split()[0]: r for r in rows}
+    assert "bits is 9" in by_bits["9"]["error"]
+    assert int(by_bits["2"]["bytes"]) < int(by_bits["4"]["bytes"])
+    assert float(rows[0]["accuracy_deployed"]) >= float(rows[1]["accuracy_deployed"])
+    assert "multirun.csv" in done.stdout
+
+
+def start_and_stop(args: list[str], cwd: Path, wait_for: str, sig: signal.Signals) -> int:
+    """Start a run, send it a signal once a file matching ``wait_for`` exists, and return its exit status."""
+    process = subprocess.Popen([sys.executable, "-m", "qtrain", *args], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+    for _ in range(1200):
+        if list(cwd.glob(wait_for)) or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    assert process.poll() is None, "the run ended before it could be stopped"
+    process.send_signal(sig)
+    return process.wait()
+
+
+@pytest.mark.parametrize("stage", ["float", "qat"])
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
+def test_a_stopped_run_resumes_to_the_metric_of_an_uninterrupted_one(stage: str, sig: signal.Signals, tiny_options: list[str], tmp_path: Path) -> None:
+    options = ["+recipe=qat_int4_bert", *tiny_options, "finetune.checkpoint_every=7", "quantizer.fit.checkpoint_every=7", "quantizer.fit.epochs=3"]
+    whole = qtrain(*options, f"run_dir={tmp_path / 'whole'}", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    status = start_and_stop([*options, f"run_dir={tmp_path / 'cut'}"], tmp_path, f"cut/checkpoints/{stage}-steps/step-*", sig)
+    assert status == (130 if sig is signal.SIGINT else -signal.SIGKILL)
+    assert not list(tmp_path.glob("cut/exports/**/*"))
+    resumed = qtrain(f"resume={tmp_path / 'cut'}", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "cut")]
+    assert runs[0]["stages"] == runs[1]["stages"]
+    assert runs[1]["status"] == "passed"
+
+
+def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tiny_options: list[str], tmp_path: Path) -> None:
+    options = ["+recipe=qat_int4_bert", *tiny_options, "finetune.checkpoint_every=7", f"run_dir={tmp_path / 'cut'}"]
+    start_and_stop(options, tmp_path, "cut/checkpoints/float-steps/step-*", signal.SIGKILL)
+    (tensors,) = tmp_path.glob("cut/checkpoints/float-steps/step-*/tensors.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-1000])
+    text = short_error(qtrain(f"resume={tmp_path / 'cut'}", cwd=tmp_path))
+    assert "damaged" in text and "Delete that folder" in text
