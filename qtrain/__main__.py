@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -50,7 +50,7 @@ def start(cfg: DictConfig, folder: Path) -> float | None:
     quiet_libraries()
     from qtrain.run import run  # torch is imported here, not before
 
-    return run(config, OmegaConf.to_container(cfg), folder)
+    return run(config, cast(dict[str, Any], OmegaConf.to_container(cfg)), folder)
 
 
 def quiet_libraries() -> None:
@@ -87,7 +87,9 @@ def rewrite(args: list[str]) -> list[str]:
     folder = Path(given[0].removeprefix("resume="))
     saved = folder / ".hydra" / "overrides.yaml"
     if not saved.is_file():
-        raise ValueError(f"resume={folder} is not a run: {saved} does not exist. Give the folder that the run printed, like resume=runs/NAME/DATE_TIME")
+        raise ValueError(
+            f"resume={folder} is not a run: {saved} does not exist. Give the folder that the run printed, like resume=runs/NAME/DATE_TIME"
+        )
     overrides = [str(o) for o in OmegaConf.load(saved) if not str(o).startswith(("run_dir=", "resume=", "hydra."))]
     sources = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.config_sources
     extra = [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]

@@ -43,7 +43,8 @@ class FakeQuantSchedule(Callback):
                 fake.frozen = {k: v.to(layer.weight.device) for k, v in self.scales[name].items()}
             else:
                 fake.freeze(layer.weight)
-                self.scales[name] = {k: v.detach().cpu() for k, v in (fake.frozen or {}).items()}
+                frozen: dict[str, torch.Tensor] = fake.frozen or {}
+                self.scales[name] = {k: v.detach().cpu() for k, v in frozen.items()}
         activation = layer.activation_fake
         if isinstance(activation, FakeActivation) and activation.observer is not None:
             activation.observer.frozen = True
@@ -66,7 +67,7 @@ class StopAtNonFinite(Callback):
         if loss is not None and not bool(torch.isfinite(loss)):
             raise ValueError(
                 f"the loss is {float(loss)} at step {trainer.global_step}; the checkpoints before it are kept. "
-                "Set finetune.learning_rate (or quantizer.fit.learning_rate) lower, trainer.gradient_clip_val=1.0, or trainer.precision=32-true"
+                "Set finetune.learning_rate=1e-5 (quantizer.fit.learning_rate=1e-5), trainer.gradient_clip_val=1.0 or trainer.precision=32-true"
             )
 
 
@@ -172,7 +173,10 @@ class PlainProgress(Callback):
         self.shown = tenth
         rate = (step - self.first) / max(1e-9, time.monotonic() - self.started)
         loss = float(trainer.callback_metrics.get("loss", float("nan")))
-        print(f"  {self.stage}: step {step}/{total}  loss {loss:.4f}  {rate:.2f} steps/s  {(total - step) / max(rate, 1e-9):.0f} s left", flush=True)
+        print(
+            f"  {self.stage}: step {step}/{total}  loss {loss:.4f}  {rate:.2f} steps/s  {(total - step) / max(rate, 1e-9):.0f} s left",
+            flush=True,
+        )
 
 
 def progress(stage: str) -> Callback:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import qtrain
 from qtrain.grids.base import from_spec
-from qtrain.layers import quantized_layers
+from qtrain.layers import fake_layers, quantized_layers
 
 TENSORS = "tensors.safetensors"
 REST = "checkpoint.json"
@@ -84,7 +84,8 @@ def load(folder: Path) -> dict[str, Any]:
         return _fill(document["tree"], load_file(folder / TENSORS))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
-            f"checkpoint {folder} is missing, truncated or damaged ({error}). Delete that folder and resume again: the stage is then repeated"
+            f"checkpoint {folder} is missing, truncated or damaged ({error}). "
+            "Delete that folder and resume again: the stage is then repeated"
         ) from error
 
 
@@ -111,9 +112,10 @@ def tidy(folder: Path, keep: Path | None) -> None:
 
 
 def save_model(folder: Path, model: nn.Module, **extra: Any) -> None:
-    """Save weights or codes of ``model``, the grid of every converted layer, and ``extra`` json-ready values."""
+    """Save weights or codes of ``model``, the grid of every converted layer, scales that training froze, and ``extra`` plain values."""
     grids = {name: layer.grid.spec() for name, layer in quantized_layers(model)}
-    save(folder, {"state": dict(model.state_dict()), "grids": grids, **extra})
+    frozen = {name: layer.weight_fake.frozen for name, layer in fake_layers(model)}
+    save(folder, {"state": dict(model.state_dict()), "grids": grids, "frozen": frozen, **extra})
 
 
 def load_weights(folder: Path, model: nn.Module) -> dict[str, Any]:
@@ -135,7 +137,10 @@ def load_weights(folder: Path, model: nn.Module) -> dict[str, Any]:
         model.load_state_dict(tree["state"])
     except RuntimeError as error:
         raise ValueError(f"checkpoint {folder} does not fit the model: {str(error).splitlines()[-1].strip()}") from error
-    return {k: v for k, v in tree.items() if k not in ("state", "grids")}
+    for name, layer in fake_layers(model):
+        scales = tree["frozen"].get(name)
+        layer.weight_fake.frozen = scales and {k: v.to(layer.weight.device) for k, v in scales.items()}
+    return {k: v for k, v in tree.items() if k not in ("state", "grids", "frozen")}
 
 
 class SafeCheckpointIO(CheckpointIO):

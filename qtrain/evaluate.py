@@ -60,7 +60,12 @@ def layer_table(model: nn.Module, weights: dict[str, Tensor]) -> list[dict[str, 
     rows = []
     for name, layer in quantized_layers(model):
         q: QuantizedTensor = layer.quantized
-        row = {"name": name, "grid": q.grid.describe(), "shape": list(q.shape), "sqnr_db": _finite(sqnr_db(weights[f"{name}.weight"], q.decode()))}
+        row = {
+            "name": name,
+            "grid": q.grid.describe(),
+            "shape": list(q.shape),
+            "sqnr_db": _finite(sqnr_db(weights[f"{name}.weight"], q.decode())),
+        }
         activation = getattr(layer, "activation_fake", None)
         if activation is not None:
             row["activation_grid"] = activation.grid.describe()
@@ -77,5 +82,5 @@ def sizes(model: nn.Module, float_model: nn.Module) -> dict[str, int]:
     float_bytes = sum(p.numel() * p.element_size() for p in float_model.parameters())
     packed = sum(layer.quantized.nbytes() for _, layer in quantized_layers(model))
     rest = sum(p.numel() * p.element_size() for p in model.parameters())
-    biases = sum(layer.bias.numel() * 4 for _, layer in quantized_layers(model) if getattr(layer, "bias", None) is not None)
+    biases = sum(b.numel() * 4 for _, layer in quantized_layers(model) if isinstance(b := getattr(layer, "bias", None), Tensor))
     return {"float_bytes": float_bytes, "quantized_bytes": packed + rest + biases}

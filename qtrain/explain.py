@@ -27,7 +27,8 @@ def _text(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return "out of memory. Set data.batch_size=8 trainer.accumulate_grad_batches=4, say"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or 'while writing'}). Free some space, or set run_dir=/another/disk/run. Nothing half-written was kept"
+        where = error.filename or "while writing"
+        return f"the disk is full ({where}). Free some space, or set run_dir=/another/disk/run. Nothing half-written was kept"
     if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENOTDIR)):
         return f"{error.filename or 'a folder'} cannot be written ({error.strerror}). Set run_dir=/a/writable/folder"
     if isinstance(error, (ValueError, FileNotFoundError)):
@@ -47,7 +48,8 @@ def _missing_option(error: MissingConfigException) -> str:
         return f"there is no recipe {name!r}.{_nearest(name, options)} The recipes are:\n{known}"
     if not wanted:
         return str(error)
-    return f"{group} has no option {name!r}.{_nearest(name, options)} Valid: {', '.join(options)}. Type {group}={options[0] if options else '…'}, say."
+    valid = f"Valid: {', '.join(options)}. Type {group}={options[0]}, say." if options else ""
+    return f"{group} has no option {name!r}.{_nearest(name, options)} {valid}"
 
 
 def _key_help(error: OmegaConfBaseException) -> str:

@@ -65,7 +65,9 @@ class Observer(nn.Module):
             ValueError: if no batch was seen.
         """
         if int(self.seen) == 0:
-            raise ValueError("a static activation grid has seen no data; train, or calibrate, before evaluating (quantizer.activation_range=dynamic needs none)")
+            raise ValueError(
+                "a static activation grid has seen no data; train or calibrate before evaluating, or set quantizer.activation_range=dynamic"
+            )
         return self.grid.choose(torch.stack([self.low, self.high]))
 
 
@@ -352,7 +354,10 @@ def prepare(
             swaps[name] = FakeLinear(module, grid, activation, static)  # type: ignore[arg-type]
     if misfits:
         shown = "\n  ".join(misfits[:5]) + (f"\n  and {len(misfits) - 5} more" if len(misfits) > 5 else "")
-        raise ValueError(f"{len(misfits)} modules do not fit the grid:\n  {shown}\nor leave them in float: quantizer.keep_float=[{misfits[0].split(':')[0]}]")
+        raise ValueError(
+            f"{len(misfits)} modules do not fit the grid:\n  {shown}\n"
+            f"or leave them in float: quantizer.keep_float=[{misfits[0].split(':')[0]}]"
+        )
     for name, layer in swaps.items():
         replace(model, name, layer)
     return list(swaps)

@@ -1,7 +1,7 @@
 """README's support matrix, generated from the registries, so that it cannot be out of date: a test regenerates it.
 
-    python -m qtrain.matrix README.md            write it between the markers
-    python -m qtrain.matrix --check README.md    fail if it would change
+python -m qtrain.matrix README.md            write it between the markers
+python -m qtrain.matrix --check README.md    fail if it would change
 """
 
 from __future__ import annotations

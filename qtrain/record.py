@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,8 @@ class Record:
     def failed(self, why: str) -> None:
         """The run ends here; keeps quiet if even this cannot be written, since the reason is on its way to the user."""
         self.data.update(status="failed", error=why)
-        try:
+        with suppress(OSError):
             self.write()
-        except OSError:
-            pass
 
     def write(self) -> None:
         """Write run.json atomically."""

@@ -56,7 +56,7 @@ def register(group: str, name: str) -> Callable[[T], T]:
 
     def decorate(cls: T) -> T:
         taken = _ENTRIES.get((group, name))
-        if taken is not None and taken.cls.__qualname__ != cls.__qualname__:
+        if taken is not None and (taken.cls.__module__, taken.cls.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ValueError(f"{group}={name} is registered by {taken.cls.__module__} already; choose another name in {cls.__module__}")
         summary = (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
         _ENTRIES[group, name] = Entry(group, name, cls, summary)

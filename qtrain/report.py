@@ -25,7 +25,9 @@ def summary_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
         receipt = entry["receipt"]
         runtime = {name: pair["runtime"] for name, pair in receipt["metric"].items()}
         latency = receipt.get("latency_ms", {})
-        rows.append({"stage": f"deployed ({entry['runtime']})", **runtime, "bytes": entry["bytes"], "latency_ms": latency.get("quantized", {})})
+        rows.append(
+            {"stage": f"deployed ({entry['runtime']})", **runtime, "bytes": entry["bytes"], "latency_ms": latency.get("quantized", {})}
+        )
         if "float" in latency:
             rows[0] |= {"bytes": receipt.get("float_bytes"), "latency_ms": latency["float"]}
     return rows
@@ -96,7 +98,8 @@ def html(run: dict[str, Any]) -> str:
     metrics, shapes = _columns(rows)
     head = ["stage", *metrics, "size", *(f"latency {s}" for s in shapes)]
     parts = [
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{escape(run['recipe'])}</title>",
+        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
+        f"<title>{escape(run['recipe'])}</title>",
         f"<style>{_STYLE}</style><h1>{escape(run['recipe'])} <span class='{run['status']}'>{run['status']}</span></h1>",
         f"<p class='dim'>seed {run['seed']}, {sum(run['timing_s'].values()):.0f} s, peak memory {run['peak_rss_bytes'] / 1e9:.2f} GB; "
         "latency is batch x tokens, medians on the machine of the run.</p>",
@@ -104,7 +107,8 @@ def html(run: dict[str, Any]) -> str:
         *(_receipt(entry) for entry in run["exports"]),
         _layers(run),
         "<h2>Left in float</h2><p>" + (", ".join(map(escape, run["kept_float"])) or "nothing") + "</p>",
-        "<h2>Fallbacks</h2>" + (_table(["what", "why"], [[f["name"], f["why"]] for f in run["fallbacks"]]) if run["fallbacks"] else "<p>none</p>"),
+        "<h2>Fallbacks</h2>"
+        + (_table(["what", "why"], [[f["name"], f["why"]] for f in run["fallbacks"]]) if run["fallbacks"] else "<p>none</p>"),
         "<h2>Time</h2>" + _table(["stage", "seconds"], [[k, f"{v:.1f}"] for k, v in run["timing_s"].items()]),
         "<h2>Configuration</h2><pre>" + escape(_yaml(run["config"])) + "</pre>",
         "<h2>Versions</h2><p>" + ", ".join(f"{escape(k)} {escape(v)}" for k, v in run["versions"].items()) + "</p></html>",
@@ -129,7 +133,9 @@ def _receipt(entry: dict[str, Any]) -> str:
         ["file", f"{entry['path']} ({entry['bytes'] / 1e6:.2f} MB)"],
     ]
     verdict = "passed" if receipt["passed"] else "failed"
-    return f"<h2>Receipt: {escape(entry['target'])} in {escape(entry['runtime'])} <span class='{verdict}'>{verdict}</span></h2>" + _table(["", ""], rows)
+    return f"<h2>Receipt: {escape(entry['target'])} in {escape(entry['runtime'])} <span class='{verdict}'>{verdict}</span></h2>" + _table(
+        ["", ""], rows
+    )
 
 
 def _layers(run: dict[str, Any]) -> str:
@@ -137,7 +143,12 @@ def _layers(run: dict[str, Any]) -> str:
     for layer in run["quantized"]:
         db = layer["sqnr_db"]
         bar = f"<span class='bar' style='width:{min(max(db or 60, 0), 60) * 1.5:.0f}px'></span> {'exact' if db is None else f'{db:.1f} dB'}"
-        cells = [escape(layer["name"]), escape(layer["grid"]), escape(layer.get("activation_grid", "float")), " x ".join(map(str, layer["shape"]))]
+        cells = [
+            escape(layer["name"]),
+            escape(layer["grid"]),
+            escape(layer.get("activation_grid", "float")),
+            " x ".join(map(str, layer["shape"])),
+        ]
         body.append("<tr>" + "".join(f"<td>{c}</td>" for c in [*cells, bar]) + "</tr>")
     head = "".join(f"<th>{h}</th>" for h in ("layer", "weight grid", "input", "shape", "SQNR"))
     return f"<h2>Layers on a grid</h2><div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"

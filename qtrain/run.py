@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import seed_everything
-from torch import Tensor, nn
 
-import qtrain
-from exporters.base import ExportJob, ReceiptFailed
 from qtrain import sweep
-from qtrain.checkpoint import load_weights, save_model, tidy
 from qtrain.config import Config
-from qtrain.evaluate import classification_metrics, compare_to_float, layer_table, predict, sizes
-from qtrain.fit import Fit, build, train
 from qtrain.layers import calibrate
 from qtrain.malloc import tune_malloc
-from qtrain.module import Module
 from qtrain.record import Record
 from qtrain.report import print_summary, write_html
-from qtrain.targets import Scheme
-
-
-@dataclass
-class Setup:
-    """What the stages share."""
-
-    config: Config
-    record: Record
-    folder: Path
-    data: Any
-    device: torch.device
-    batches: list[tuple[dict[str, Tensor], Tensor]]
-    """The whole test split, in a fixed order."""
-    labels: Tensor
+from qtrain.stages import convert, export, fit_stage, load, measure, preflight
 
 
 def run(config: Config, resolved: dict[str, Any], folder: Path) -> float | None:
@@ -66,7 +43,7 @@ def pipeline(config: Config, record: Record, folder: Path) -> float | None:
     with record.stage("float"):
         fit_stage(setup, "float", float_model, config.finetune)
         float_logits = measure(setup, "float", float_model)
-    scheme: Scheme = config.quantizer
+    scheme = config.quantizer
     with record.stage("ptq"):
         model = copy.deepcopy(float_model)
         record.data["kept_float"] = scheme.prepare(model, config.model.always_float(model))
@@ -87,110 +64,6 @@ def pipeline(config: Config, record: Record, folder: Path) -> float | None:
     write_html(record.data, folder / "report.html")
     last = record.data["stages"]["qat" if scheme.trains else "ptq"]
     return last.get(config.optimize)
-
-
-def load(config: Config, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
-    """Data, model and device."""
-    tokenizer = config.model.tokenizer()
-    data = config.data.build(tokenizer, config.seed)
-    model = config.model.build(len(data.label_names), config.seed, data.label_names)
-    for note in data.notes:
-        record.note(note)
-    batches = list(data.test_dataloader())
-    wants_gpu = config.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    device = torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
-    return Setup(config, record, folder, data, device, batches, torch.cat([labels for _, labels in batches])), model
-
-
-def preflight(setup: Setup, model: nn.Module) -> None:
-    """Find in seconds what would fail after minutes: patterns, shapes, and exporters that cannot hold the grids."""
-    scheme, trial = setup.config.quantizer, copy.deepcopy(model)
-    scheme.prepare(trial, setup.config.model.always_float(trial))
-    trial = scheme.convert(trial)
-    for name, exporter in setup.config.export.items():
-        refusals = exporter.refusals(trial)
-        if refusals:
-            more = f"\n  and {len(refusals) - 3} more" if len(refusals) > 3 else ""
-            raise ValueError(f"export={name} cannot hold what quantizer={scheme.registered_name} makes:\n  " + "\n  ".join(refusals[:3]) + more)
-
-
-def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: Any = (), teacher: nn.Module | None = None) -> None:
-    """Train ``model`` in place, or load what an earlier run of this folder trained."""
-    if fit.epochs == 0 or fit.max_steps == 0:
-        return
-    config, folder = setup.config, setup.folder / "checkpoints"
-    done, steps = folder / stage, folder / f"{stage}-steps"
-    if config.resume and done.exists():
-        load_weights(done, model)
-        setup.record.note(f"{stage}: already trained, loaded from {done}")
-        return
-    seed_everything(config.seed, verbose=False)
-    distill = getattr(config.quantizer, "distill", None)
-    optimizer = build(config.optimizer, "optimizer")
-    module = Module(model, fit, optimizer, teacher, distill.weight if distill else 0.0, distill.temperature if distill else 1.0)
-    train(
-        module,
-        setup.data,
-        fit,
-        stage=stage,
-        folder=steps,
-        trainer=config.trainer,
-        logger=config.logger,
-        callbacks=list(callbacks),
-        resume=bool(config.resume),
-    )
-    save_model(done, model, stage=stage)
-    tidy(steps, keep=None)
-
-
-def measure(setup: Setup, stage: str, model: nn.Module, float_logits: Tensor | None = None) -> Tensor:
-    """Logits on the test split; the metrics go into the record."""
-    logits = predict(model.to(setup.device), setup.batches, f"evaluating {stage}")
-    metrics = classification_metrics(logits, setup.labels)
-    if float_logits is not None:
-        metrics |= compare_to_float(logits, float_logits)
-    setup.record.data["stages"][stage] = metrics
-    return logits
-
-
-def convert(setup: Setup, model: nn.Module, logits: Tensor, float_model: nn.Module) -> nn.Module:
-    """Integer codes instead of fake-quant, and the proof that no bit of any logit changed."""
-    trained = {name: p.detach() for name, p in model.named_parameters()}
-    model = setup.config.quantizer.convert(model).to(setup.device)
-    converted = predict(model, setup.batches, "convert == prepare")
-    if not torch.equal(converted, logits):
-        worst = float((converted - logits).abs().max())
-        raise ValueError(f"the converted model is not the trained one: logits differ by up to {worst:.3g}. This is a defect of qtrain; please report it")
-    setup.record.data["convert_equals_prepare"] = {"logits": converted.numel(), "bit_exact": True}
-    setup.record.data["quantized"] = layer_table(model, trained)
-    setup.record.data["size"] = sizes(model, float_model)
-    save_model(setup.folder / "checkpoints" / "converted", model, config=setup.record.data["config"])
-    return model
-
-
-def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module, logits: Tensor) -> None:
-    """Write one artefact and its receipt."""
-    config = setup.config
-    job = ExportJob(
-        model=model.cpu(),
-        float_model=float_model.cpu(),
-        example_inputs=config.model.example_inputs(2, 16, config.model.vocabulary(model)),
-        batches=setup.batches,
-        training_logits=logits,
-        metrics=classification_metrics,
-        folder=setup.folder / "exports",
-        max_length=config.model.max_positions(model),
-        vocab_size=config.model.vocabulary(model),
-        metadata={"recipe": config.recipe, "qtrain": qtrain.__version__},
-    )
-    try:
-        entry = exporter.export(job)
-    except ReceiptFailed as failure:
-        setup.record.data["exports"].append(failure.entry)
-        raise
-    for fallback in entry["receipt"].get("fallbacks", []):
-        setup.record.fallback(fallback["name"], fallback["why"])
-    setup.record.data["exports"].append(entry)
 
 
 def refuse_used_folder(folder: Path, resume: str | None) -> None:

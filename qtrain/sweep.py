@@ -87,8 +87,12 @@ class SweepTable(Callback):
 def row(job: Path) -> dict[str, Any]:
     """One line of the table, from a job's folder."""
     path = job / "run.json"
-    run = json.loads(path.read_text()) if path.exists() else {"status": "failed", "error": "no run.json: the job was killed"}
-    overrides = [str(o) for o in OmegaConf.load(job / ".hydra" / "overrides.yaml") if not str(o).startswith(("+recipe=", "run_dir=", "hydra."))]
+    run: dict[str, Any] = (
+        json.loads(path.read_text()) if path.exists() else {"status": "failed", "error": "no run.json: the job was killed"}
+    )
+    overrides = [
+        str(o) for o in OmegaConf.load(job / ".hydra" / "overrides.yaml") if not str(o).startswith(("+recipe=", "run_dir=", "hydra."))
+    ]
     stages = run.get("stages", {})
     best = stages.get("qat") or stages.get("ptq") or {}
     exported = (run.get("exports") or [{}])[0]
@@ -138,7 +142,9 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(key for line in rows for key in line))
-    return [n for n in names if n != "error" and any(line.get(n) is not None for line in rows)] + (["error"] if any(r["error"] for r in rows) else [])
+    return [n for n in names if n != "error" and any(line.get(n) is not None for line in rows)] + (
+        ["error"] if any(r["error"] for r in rows) else []
+    )
 
 
 def _cell(value: Any) -> str:

@@ -25,7 +25,7 @@ class Scheme:
     """Which modules go on which grids, and how they get there: the common part of every quantizer."""
 
     trains: ClassVar[bool] = False
-    """Whether the run trains the prepared model."""
+    """Whether the run trains the prepared model; such a quantizer has a `fit: qtrain.fit.Fit` option."""
 
     defaults: list[Any] = field(
         default_factory=lambda: ["_self_", {"/grid@weight": "affine"}, {"/grid@embedding": None}, {"/grid@activation": None}]
@@ -88,7 +88,7 @@ def select(model: nn.Module, include: list[str], keep_float: list[str]) -> tuple
     Raises:
         ValueError: if a pattern matches no Linear or Embedding, or nothing is left to quantize.
     """
-    candidates = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))}
+    candidates: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))}
     for key, patterns in (("include", include), ("keep_float", keep_float)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in candidates):

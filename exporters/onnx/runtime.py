@@ -141,9 +141,8 @@ def _run_part(model: ir.Model, output: ir.Value, feeds: dict[ir.Value, np.ndarra
         if value in feeds:
             continue
         if value.const_value is not None and value.producer() is None:
-            proto = ir.to_proto(value.const_value)
-            proto.name = str(value.name)
-            initializers[proto.name] = proto
+            tensor, label = value.const_value, str(value.name)  # by its bytes, which may lie in an external file
+            initializers[label] = onnx.helper.make_tensor(label, int(tensor.dtype), tensor.shape.numpy(), tensor.tobytes(), raw=True)
             continue
         producer = value.producer()
         assert producer is not None, value.name

@@ -122,7 +122,8 @@ class Affine(Grid):
             divisors = [s for s in (16, 32, 64, 128, 256) if shape[-1] % s == 0]
             return (
                 f"group_size {self.group_size} does not divide its rows of {shape[-1]} values; "
-                f"set group_size to one that does ({', '.join(map(str, divisors)) or 'a divisor of ' + str(shape[-1])}), remainder=short, or granularity=channel"
+                f"set group_size to one that does ({', '.join(map(str, divisors)) or 'a divisor of ' + str(shape[-1])}), "
+                "remainder=short, or granularity=channel"
             )
         return None
 
@@ -196,7 +197,11 @@ class Affine(Grid):
         """Round a scale to its stored type and keep it away from zero; float32 in, float32 out."""
         if self.scale_dtype != "float32":
             scale = scale.to(getattr(torch, self.scale_dtype)).float()
-        least = torch.finfo(torch.float16).smallest_normal / 1024 if self.scale_dtype == "float16" else torch.finfo(torch.float32).smallest_normal
+        least = (
+            torch.finfo(torch.float16).smallest_normal / 1024
+            if self.scale_dtype == "float16"
+            else torch.finfo(torch.float32).smallest_normal
+        )
         if self.rule in ("signed_absmax", "mse"):  # these scales have a sign
             return torch.where(scale.abs() < least, torch.full_like(scale, least), scale)
         return scale.clamp_min(least)

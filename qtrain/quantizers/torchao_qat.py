@@ -41,7 +41,9 @@ class TorchaoQat(Scheme):
         for key in ("weight", "embedding"):
             self._refuse(key, getattr(self, key))
         if self.activation is not None:
-            raise ValueError("quantizer=torchao_qat trains weights only; set grid@quantizer.activation=null, or quantizer=qat for activations")
+            raise ValueError(
+                "quantizer=torchao_qat trains weights only; set grid@quantizer.activation=null, or quantizer=qat for activations"
+            )
 
     @staticmethod
     def _refuse(key: str, grid: Any) -> None:
@@ -66,7 +68,7 @@ class TorchaoQat(Scheme):
                 kept += sorted(names)
                 continue
             for name in sorted(names):
-                why = grid.check_shape(tuple(chosen[name].weight.shape))
+                why = grid.check_shape(tuple(chosen[name].weight.shape))  # type: ignore[arg-type]
                 if why:
                     raise ValueError(f"{name}: {why}, or quantizer.keep_float=[{name}]")
             quantize_(model, QATConfig(_base(grid), step="prepare"), filter_fn=lambda _, name, names=names: name in names)

@@ -33,7 +33,9 @@ class Small(nn.Module):
         return {"logits": self.classifier(F.relu(self.inner(x)))}
 
 
-def quantized(model: nn.Module, weight: Grid, embedding: Grid | None = None, activation: Grid | None = None, static: bool = False) -> nn.Module:
+def quantized(
+    model: nn.Module, weight: Grid, embedding: Grid | None = None, activation: Grid | None = None, static: bool = False
+) -> nn.Module:
     """Convert everything but the classifier, in place."""
     modules, _ = select(model.eval(), ["*"], ["classifier"])
     prepare(model, modules, weight, embedding, activation, static)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import onnx
@@ -21,6 +22,15 @@ from qtrain.grids.base import from_spec
 
 RULES = SYMMETRIC_RULES + ASYMMETRIC_RULES
 GROUP = 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tensors here are tiny; threads that wait for each other on a busy machine take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def grids(rule: str, bits: int = 4, **options: object) -> list[Affine]:

@@ -1,5 +1,7 @@
 """Gradients against straight-through estimators written here in float64: `Grid.fake`, and LSQ (Esser et al. 2020, arXiv 1902.08153)."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,15 @@ from qtrain.layers import FakeLinear, FakeWeight, convert
 
 RULES = SYMMETRIC_RULES + ASYMMETRIC_RULES
 GROUP = 16
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tensors here are tiny; threads that wait for each other on a busy machine take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -39,7 +39,9 @@ def test_an_unknown_recipe_lists_the_recipes_and_the_nearest(tmp_path: Path) -> 
     assert all(name in text for name in recipe_files())
 
 
-@pytest.mark.parametrize("args", [["--help"], ["+recipe=qat_int4_bert", "--cfg", "job"], ["+recipe=qat_int4_bert", "quantizer.weight.bitz=3"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["+recipe=qat_int4_bert", "--cfg", "job"], ["+recipe=qat_int4_bert", "quantizer.weight.bitz=3"]]
+)
 def test_help_and_config_errors_import_nothing_heavy(args: list[str], tmp_path: Path) -> None:
     probe = (
         "import sys, runpy\n"
@@ -89,7 +91,13 @@ def test_bad_input_ends_in_one_short_message(override: str, parts: list[str], ti
 
 
 def test_an_exporter_that_cannot_hold_the_grid_refuses_before_training(tiny_options: list[str], tmp_path: Path) -> None:
-    options = ["+recipe=qat_int4_bert", *tiny_options, "grid@quantizer.activation=affine", "quantizer.activation.granularity=token", "quantizer.activation.bits=8"]
+    options = [
+        "+recipe=qat_int4_bert",
+        *tiny_options,
+        "grid@quantizer.activation=affine",
+        "quantizer.activation.granularity=token",
+        "quantizer.activation.bits=8",
+    ]
     started = time.monotonic()
     text = short_error(qtrain(*options, f"run_dir={tmp_path / 'run'}", cwd=tmp_path))
     assert "absmax_mlas" in text
@@ -136,7 +144,9 @@ def test_a_misspelt_key_in_a_recipe_names_file_and_key(tiny_options: list[str], 
 
 def test_a_sweep_ends_with_a_table_and_a_csv_and_survives_a_failed_job(tiny_options: list[str], tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    done = qtrain("-m", "+recipe=rtn_int4_bert", *tiny_options, "finetune.epochs=1", "quantizer.weight.bits=2,9,4", f"run_dir={sweep}", cwd=tmp_path)
+    done = qtrain(
+        "-m", "+recipe=rtn_int4_bert", *tiny_options, "finetune.epochs=1", "quantizer.weight.bits=2,9,4", f"run_dir={sweep}", cwd=tmp_path
+    )
     assert done.returncode == 1, done.stdout + done.stderr  # a job failed
     with (sweep / "multirun.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -150,7 +160,9 @@ def test_a_sweep_ends_with_a_table_and_a_csv_and_survives_a_failed_job(tiny_opti
 
 def start_and_stop(args: list[str], cwd: Path, wait_for: str, sig: signal.Signals) -> int:
     """Start a run, send it a signal once a file matching ``wait_for`` exists, and return its exit status."""
-    process = subprocess.Popen([sys.executable, "-m", "qtrain", *args], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qtrain", *args], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}
+    )
     for _ in range(1200):
         if list(cwd.glob(wait_for)) or process.poll() is not None:
             break
@@ -162,8 +174,16 @@ def start_and_stop(args: list[str], cwd: Path, wait_for: str, sig: signal.Signal
 
 @pytest.mark.parametrize("stage", ["float", "qat"])
 @pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT], ids=["kill", "ctrl-c"])
-def test_a_stopped_run_resumes_to_the_metric_of_an_uninterrupted_one(stage: str, sig: signal.Signals, tiny_options: list[str], tmp_path: Path) -> None:
-    options = ["+recipe=qat_int4_bert", *tiny_options, "finetune.checkpoint_every=7", "quantizer.fit.checkpoint_every=7", "quantizer.fit.epochs=3"]
+def test_a_stopped_run_resumes_to_the_metric_of_an_uninterrupted_one(
+    stage: str, sig: signal.Signals, tiny_options: list[str], tmp_path: Path
+) -> None:
+    options = [
+        "+recipe=qat_int4_bert",
+        *tiny_options,
+        "finetune.checkpoint_every=7",
+        "quantizer.fit.checkpoint_every=7",
+        "quantizer.fit.epochs=3",
+    ]
     whole = qtrain(*options, f"run_dir={tmp_path / 'whole'}", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     status = start_and_stop([*options, f"run_dir={tmp_path / 'cut'}"], tmp_path, f"cut/checkpoints/{stage}-steps/step-*", sig)

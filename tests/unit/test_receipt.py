@@ -103,7 +103,9 @@ def test_a_bad_tolerance_says_what_to_type(name: str, value: float) -> None:
 def test_json_and_table_hold_what_was_found() -> None:
     from rich.console import Console
 
-    receipt = Receipt(fused={"BiasGelu": 2}, latency_ms={"quantized": {"1x64": 1.5}}, fallbacks=[{"name": "model.onnx", "why": "no fusion"}])
+    receipt = Receipt(
+        fused={"BiasGelu": 2}, latency_ms={"quantized": {"1x64": 1.5}}, fallbacks=[{"name": "model.onnx", "why": "no fusion"}]
+    )
     a = torch.randn(4, 2)
     receipt.add_logits(a, a, Tolerances())
     values = receipt.json()

@@ -58,9 +58,6 @@ def test_a_name_that_is_taken_raises_and_names_who_has_it() -> None:
 
 
 @pytest.mark.usefixtures("clean")
-@pytest.mark.xfail(
-    strict=True, reason="registry.register compares __qualname__ only, so two files with a class of one name overwrite each other"
-)
 def test_a_name_taken_by_a_class_of_the_same_name_in_another_file_raises() -> None:
     registry.register("grid", "probe")(make("Config", "somewhere.first"))
     with pytest.raises(ValueError, match="is registered by"):
