@@ -1,6 +1,6 @@
 """Size and latency of int4 ONNX files in onnxruntime, relative to the float32 file of the same model.
 
-Run: python benchmarks/onnx_int4.py MODEL_FOLDER [--rounds 40] [--quick]      (about 6 minutes on two cores, 2 GB of memory)
+Run: python benchmarks/onnx_int4.py MODEL_FOLDER [--rounds 40] [--quick]      (10 minutes on two busy cores; --quick: 5)
 
 Every file is written by the ONNX exporter and timed with the session settings of the receipt. All sessions take turns within a round, so
 that a busy machine slows them alike; the table has each file's median over rounds, and the median of its per-round ratio to the unfused

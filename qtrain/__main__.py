@@ -47,21 +47,21 @@ def start(cfg: DictConfig, folder: Path) -> float | None:
     OmegaConf.resolve(cfg)
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)
-    quiet_libraries()
+    quiet(["torchao"], logging.ERROR)  # compiled kernels that this machine cannot load
     from qtrain.run import run  # torch is imported here, not before
 
+    quiet(["lightning.pytorch", "lightning.fabric", "torch.onnx", "onnxscript", "onnx_ir", "httpx"], logging.WARNING)
     return run(config, cast(dict[str, Any], OmegaConf.to_container(cfg)), folder)
 
 
-def quiet_libraries() -> None:
-    """Keep notices of libraries out of the terminal; warnings and worse go to run.log."""
+def quiet(libraries: list[str], level: int) -> None:
+    """Keep the notices of ``libraries`` out of the terminal; what is at ``level`` or above goes to run.log."""
     logging.captureWarnings(True)
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # compiled kernels that this machine cannot load
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "torch.onnx", "onnxscript", "onnx_ir", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
+    for name in libraries:
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.handlers.clear()
+        logger.propagate = True
 
 
 def list_recipes() -> None:

@@ -67,7 +67,7 @@ class StopAtNonFinite(Callback):
         if loss is not None and not bool(torch.isfinite(loss)):
             raise ValueError(
                 f"the loss is {float(loss)} at step {trainer.global_step}; the checkpoints before it are kept. "
-                "Set finetune.learning_rate=1e-5 (quantizer.fit.learning_rate=1e-5), trainer.gradient_clip_val=1.0 or trainer.precision=32-true"
+                "Set finetune.learning_rate=1e-5 (quantizer.fit.learning_rate=1e-5), or trainer.precision=32-true"
             )
 
 
@@ -111,7 +111,7 @@ class StepCheckpoint(Callback):
     def _save(self, trainer: Trainer) -> None:
         self.saved = trainer.global_step
         target = self.folder / f"step-{self.saved:08d}"
-        trainer.save_checkpoint(target)
+        trainer.save_checkpoint(target, weights_only=False)
         tidy(self.folder, keep=target)
 
 

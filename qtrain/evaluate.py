@@ -24,7 +24,7 @@ def predict(model: nn.Module, batches: Iterable[Batch], what: str = "evaluating"
     """Logits of all examples, float32 on the CPU, [N, C], in the order of ``batches``."""
     model.eval()
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    shown = track(list(batches), description=what, console=console, transient=True)
+    shown = track(list(batches), description=what, console=console, transient=True, disable=not console.is_terminal)
     rows = [logits_of(model(**{k: v.to(device) for k, v in inputs.items()})).float().cpu() for inputs, _ in shown]
     return torch.cat(rows)
 

@@ -1,10 +1,14 @@
 """ONNX files for onnxruntime on the CPU: low-bit weights in the operators that compute with them, checked in onnxruntime itself.
 
-Linear weights have three storages (`weights`):
+Linear weights have three storages (`weights`), all with the same numbers:
 
     matmul_nbits        com.microsoft.MatMulNBits: computes from the packed codes; smallest in memory
     dequantize_linear   standard opset 21 (DequantizeLinear with blocks, int4): any ONNX runtime reads it
     unpack              int4 constants that onnxruntime unpacks to float32 when it loads the file: float32 speed and memory, small file
+    auto                unpack, but matmul_nbits for 2-bit codes (unpack has no container below 4) and where activations are quantized
+
+benchmarks/README.md has what was measured: matmul_nbits is the fastest at a few tokens per call and takes a third of float32's memory,
+unpack is never slower than float32; all compute the same numbers.
 
 Embeddings are row-wise int8 (Gather, Cast, Mul) or com.microsoft.GatherBlockQuantized (4 bits and fewer, or grouped). Activations stay
 in float32 unless training had them on the int8 grid of MatMulNBits at accuracy_level 4 (affine, absmax_mlas, dynamic, in the groups of
@@ -36,7 +40,7 @@ from qtrain.registry import register
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-STORAGES = ("matmul_nbits", "dequantize_linear", "unpack")
+STORAGES = ("auto", "matmul_nbits", "dequantize_linear", "unpack")
 OPSETS = (21, 22, 23)
 
 README = """\
@@ -64,8 +68,8 @@ class OnnxExport(Exporter):
 
     opset: int = 21
     """ONNX operator set: 21 (IR version 10), 22 or 23."""
-    weights: str = "matmul_nbits"
-    """How Linear weights are stored: matmul_nbits, dequantize_linear, unpack."""
+    weights: str = "auto"
+    """How Linear weights are stored: auto, matmul_nbits (least memory), dequantize_linear (most runtimes), unpack (float32 speed)."""
     fuse: bool = True
     """Fuse attention, skip + layer norm and bias + GELU into onnxruntime's operators where the result computes the same."""
     float: bool = True

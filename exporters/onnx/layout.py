@@ -68,8 +68,21 @@ def plan(layer: PackedLayer, weights: str) -> Layout:
         raise Refused(f"ONNX operators hold integers times a scale; the nearest is {nearest}")
     if layer.kind == "embedding":
         return _plan_embedding(layer.quantized, grid, key)
+    if weights == "auto":
+        weights = _fastest(layer, grid)
     activation = _activation_block(layer, weights)
     return _plan_linear(layer.quantized, grid, key, weights, activation)
+
+
+def _fastest(layer: PackedLayer, grid: Affine) -> str:
+    """The storage that onnxruntime runs fastest with the same numbers (benchmarks/onnx_int4.py).
+
+    Unpacked weights are at float32's speed from few tokens to many. MatMulNBits is the only one with int8 activations, and the only one
+    with a container of 2 bits; at hundreds of tokens per call it is some 8 % slower than float32.
+    """
+    group = _group(grid, layer.quantized.shape[-1])
+    two_bits = grid.bits == 2 and (group is None or group % BLOCKS[-1] == 0)
+    return "matmul_nbits" if two_bits or getattr(layer, "activation_fake", None) is not None else "unpack"
 
 
 def _plan_linear(q: QuantizedTensor, grid: Affine, key: str, weights: str, activation: int | None) -> Layout:

@@ -11,8 +11,8 @@ trained is what is packed, and convert() changes no bit. Options:
     learn_scale     scales become parameters (LSQ: Esser et al. 2020, arXiv 1902.08153), initialised by the grid's rule
     distill         the float model teaches: logit distillation (Hinton et al. 2015, arXiv 1503.02531) with a weight of its own
 
-Unlike torchao's QATConfig flow, which trains on absmax/7.5 whatever the runtime will use, the rule, the stored type of the scale and the grid
-of the activations are the deployment's. It does not fold batch-norms and does not touch convolutions.
+Unlike torchao's QATConfig flow, which trains on absmax/7.5 whatever the runtime will use, the rule, the stored type of the scale and the
+grid of the activations are the deployment's. It does not fold batch-norms and does not touch convolutions.
 """
 
 from __future__ import annotations
