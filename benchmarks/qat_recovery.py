@@ -3,8 +3,9 @@
     python -m benchmarks.qat_recovery                                   the sample reviews
     python -m benchmarks.qat_recovery --sst2 ../shared/data/sst2        SST-2 (train.tsv, dev.tsv, test.tsv), 500 steps a stage
 
-The recipe qat_int4_bert as it is (all-MiniLM-L6-v2, int8 embeddings, signed_absmax) at each number of bits and seed; the float model of a seed is
-trained once and shared. Recovery is (QAT - RTN) / (float - RTN), from accuracies averaged over the seeds. `--rule absmax` shows another grid.
+The recipe qat_int4_bert as it is (all-MiniLM-L6-v2, int8 embeddings, signed_absmax) at each number of bits and seed; the float model of
+a seed is trained once and shared. Recovery is (QAT - RTN) / (float - RTN), from accuracies averaged over the seeds. `--rule absmax` shows
+another grid.
 """
 
 from __future__ import annotations

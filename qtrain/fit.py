@@ -129,6 +129,7 @@ def train(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+    module.train()  # Lightning keeps the mode that modules are in, and evaluation has put them in evaluation mode
     try:
         instance.fit(module, datamodule=data, ckpt_path=str(last) if last else None, weights_only=True)
     except SystemExit:  # Lightning turns Ctrl-C into exit(1)

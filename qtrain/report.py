@@ -13,62 +13,68 @@ from rich.table import Table
 from qtrain.console import console
 
 STAGES = {"float": "float", "ptq": "PTQ (rounded)", "qat": "QAT"}
+METRICS = {"accuracy": "accuracy", "loss": "loss", "perplexity": "perplexity", "agreement": "agreement with float", "kl": "KL to float"}
+SHARES = ("accuracy", "agreement")
 
 
-def summary_rows(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the closing table: a stage each, then what each runtime computes."""
-    rows: list[dict[str, Any]] = []
+def columns(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is compared: a column for each stage, then one for what each runtime computes."""
+    found: list[dict[str, Any]] = []
     for key, title in STAGES.items():
         if key in run["stages"]:
-            rows.append({"stage": title, **run["stages"][key]})
+            found.append({"title": title, **run["stages"][key]})
     for entry in run["exports"]:
         receipt = entry["receipt"]
         runtime = {name: pair["runtime"] for name, pair in receipt["metric"].items()}
-        latency = receipt.get("latency_ms", {})
-        rows.append(
-            {"stage": f"deployed ({entry['runtime']})", **runtime, "bytes": entry["bytes"], "latency_ms": latency.get("quantized", {})}
-        )
-        if "float" in latency:
-            rows[0] |= {"bytes": receipt.get("float_bytes"), "latency_ms": latency["float"]}
-    return rows
+        latency = receipt.get("latency_ms") or {}
+        title = f"deployed ({entry['runtime']})"
+        found.append({"title": title, **runtime, "bytes": entry["bytes"], "latency_ms": latency.get("quantized", {})})
+        if found and "float" in latency:
+            found[0] |= {"bytes": receipt.get("float_bytes"), "latency_ms": latency["float"]}
+    return found
 
 
-def _columns(rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
-    metrics = [m for m in ("accuracy", "loss", "perplexity", "agreement", "kl") if any(m in row for row in rows)]
-    shapes = list(dict.fromkeys(shape for row in rows for shape in row.get("latency_ms", {})))
-    return metrics, shapes
+def summary(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The closing table as text: its head, and its rows."""
+    stages = columns(run)
+    rows = [[label, *(_metric(key, c.get(key)) for c in stages)] for key, label in METRICS.items() if any(key in c for c in stages)]
+    rows.append(["size", *(f"{c['bytes'] / 1e6:.2f} MB" if c.get("bytes") else "" for c in stages)])
+    for shape in dict.fromkeys(shape for c in stages for shape in c.get("latency_ms", {})):
+        times = [c.get("latency_ms", {}).get(shape) for c in stages]
+        rows.append([f"latency, {shape.replace('x', ' x ')}", *("" if t is None else f"{t:.2f} ms" for t in times)])
+    return ["", *(c["title"] for c in stages)], rows
 
 
-def _cells(row: dict[str, Any], metrics: list[str], shapes: list[str]) -> list[str]:
-    cells = [row["stage"]]
-    for metric in metrics:
-        value = row.get(metric)
-        cells.append("" if value is None else f"{100 * value:.2f} %" if metric in ("accuracy", "agreement") else f"{value:.4f}")
-    cells.append(f"{row['bytes'] / 1e6:.2f} MB" if row.get("bytes") else "")
-    cells += [f"{row['latency_ms'][s]:.2f} ms" if s in row.get("latency_ms", {}) else "" for s in shapes]
-    return cells
+def _metric(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.2f} %" if name in SHARES else f"{value:.4f}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
 
 
 def print_summary(run: dict[str, Any], folder: Path) -> None:
     """The closing table and where the files are."""
-    rows = summary_rows(run)
-    metrics, shapes = _columns(rows)
-    table = Table(title=f"{run['recipe']}: {run['status']}")
-    table.add_column("stage")
-    for name in [*metrics, "size", *(f"latency {s}" for s in shapes)]:
-        table.add_column(name, justify="right")
+    head, rows = summary(run)
+    table = Table(title=f"{run['recipe']}: {run['status']}", title_justify="left")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left")
     for row in rows:
-        table.add_row(*(rich_escape(c) for c in _cells(row, metrics, shapes)))
+        table.add_row(*(rich_escape(cell) for cell in row))
     console.print(table)
+    console.print("latency: batch x tokens, medians on this machine; float is the same graph in float32", style="dim", soft_wrap=True)
     for entry in run["exports"]:
         receipt = entry["receipt"]
         verdict = "[green]passed[/]" if receipt["passed"] else "[red]failed[/]"
         console.print(
-            f"receipt {entry['target']}: {verdict}  {receipt['tensors_bit_exact']} of {receipt['tensors']} tensors bit-exact, "
-            f"logits NMSE {receipt['logits_nmse']:.2g}, top-1 agreement {100 * receipt['top1_agreement']:.2f} %"
+            f"receipt {entry['target']}: {verdict}, {receipt['tensors_bit_exact']} of {receipt['tensors']} tensors bit-exact, "
+            f"logits NMSE {_number(receipt['logits_nmse'], '.2g')}, top-1 agreement {_number(receipt['top1_agreement'], '.2%')}",
+            soft_wrap=True,
         )
         console.print(f"  {entry['path']}", soft_wrap=True)
-    console.print(f"latency: batch x tokens, medians on this machine. report: {folder / 'report.html'}", soft_wrap=True, style="dim")
+    console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
 
 _STYLE = """
@@ -94,16 +100,14 @@ def write_html(run: dict[str, Any], path: Path) -> None:
 
 def html(run: dict[str, Any]) -> str:
     """The page as text."""
-    rows = summary_rows(run)
-    metrics, shapes = _columns(rows)
-    head = ["stage", *metrics, "size", *(f"latency {s}" for s in shapes)]
+    head, rows = summary(run)
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
         f"<title>{escape(run['recipe'])}</title>",
         f"<style>{_STYLE}</style><h1>{escape(run['recipe'])} <span class='{run['status']}'>{run['status']}</span></h1>",
         f"<p class='dim'>seed {run['seed']}, {sum(run['timing_s'].values()):.0f} s, peak memory {run['peak_rss_bytes'] / 1e9:.2f} GB; "
         "latency is batch x tokens, medians on the machine of the run.</p>",
-        _table(head, [_cells(row, metrics, shapes) for row in rows]),
+        _table(head, rows),
         *(_receipt(entry) for entry in run["exports"]),
         _layers(run),
         "<h2>Left in float</h2><p>" + (", ".join(map(escape, run["kept_float"])) or "nothing") + "</p>",
@@ -126,10 +130,13 @@ def _receipt(entry: dict[str, Any]) -> str:
     receipt = entry["receipt"]
     rows = [
         ["tensors equal to training's, to the bit", f"{receipt['tensors_bit_exact']} of {receipt['tensors']}"],
-        ["logits NMSE", f"{receipt['logits_nmse']:.3g}"],
-        ["logits, largest difference", f"{receipt['logits_max_abs']:.3g}"],
-        ["top-1 agreement", f"{100 * receipt['top1_agreement']:.2f} %"],
-        *([f"{name}: training / runtime", f"{pair['training']:.6f} / {pair['runtime']:.6f}"] for name, pair in receipt["metric"].items()),
+        ["logits NMSE", _number(receipt["logits_nmse"], ".3g")],
+        ["logits, largest difference", _number(receipt["logits_max_abs"], ".3g")],
+        ["top-1 agreement", _number(receipt["top1_agreement"], ".2%")],
+        *(
+            [f"{name}: training / runtime", f"{_number(pair['training'], '.6f')} / {_number(pair['runtime'], '.6f')}"]
+            for name, pair in receipt["metric"].items()
+        ),
         ["file", f"{entry['path']} ({entry['bytes'] / 1e6:.2f} MB)"],
     ]
     verdict = "passed" if receipt["passed"] else "failed"

@@ -58,7 +58,7 @@ def pipeline(config: Config, record: Record, folder: Path) -> float | None:
         model = convert(setup, model, logits, float_model)
     for name, exporter in config.export.items():
         with record.stage(f"export {name}"):
-            export(setup, exporter, model, float_model, logits)
+            export(setup, exporter, model, float_model, logits, float_logits)
     record.passed()
     print_summary(record.data, folder)
     write_html(record.data, folder / "report.html")

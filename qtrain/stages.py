@@ -118,16 +118,20 @@ def convert(setup: Setup, model: nn.Module, logits: Tensor, float_model: nn.Modu
     return model
 
 
-def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module, logits: Tensor) -> None:
+def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module, logits: Tensor, float_logits: Tensor) -> None:
     """Write one artefact and its receipt."""
     config = setup.config
+
+    def metrics(runtime: Tensor, labels: Tensor) -> dict[str, float]:
+        return classification_metrics(runtime, labels) | compare_to_float(runtime, float_logits)
+
     job = ExportJob(
         model=model.cpu(),
         float_model=float_model.cpu(),
         example_inputs=config.model.example_inputs(2, 16, config.model.vocabulary(model)),
         batches=setup.batches,
         training_logits=logits,
-        metrics=classification_metrics,
+        metrics=metrics,
         folder=setup.folder / "exports",
         max_length=config.model.max_positions(model),
         vocab_size=config.model.vocabulary(model),

@@ -24,7 +24,12 @@ def small_model() -> nn.Module:
 
 def prepared(weight: Affine) -> nn.Module:
     model = small_model()
-    prepare(model, {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}, weight, Affine(bits=8, granularity="channel"))
+    prepare(
+        model,
+        {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))},
+        weight,
+        Affine(bits=8, granularity="channel"),
+    )
     return model
 
 
@@ -104,7 +109,7 @@ def test_codes_and_grids_come_back(rule: str, tmp_path: Path) -> None:
 
 def test_a_checkpoint_on_another_grid_is_refused(tmp_path: Path) -> None:
     checkpoint.save_model(tmp_path / "c", convert(prepared(Affine(group_size=16))))
-    with pytest.raises(ValueError, match="int4 g16|'group_size': 16"):
+    with pytest.raises(ValueError, match="'group_size': 16"):
         checkpoint.load_weights(tmp_path / "c", convert(prepared(Affine(bits=3, group_size=16))))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def on_grid() -> nn.Module:
 def test_the_learning_rate_rises_and_falls() -> None:
     rates = [learning_rate_factor(s, 100, Fit(warmup=0.1)) for s in range(100)]
     assert rates[0] < rates[5] < rates[9] < 1 and max(rates) == rates[10] == 1
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[-1] < 0.02
+    assert all(a > b for a, b in itertools.pairwise(rates[10:])) and rates[-1] < 0.02
     cosine = [learning_rate_factor(s, 100, Fit(warmup=0, schedule="cosine")) for s in range(101)]
     assert cosine[0] == 1 and math.isclose(cosine[50], 0.5) and math.isclose(cosine[100], 0, abs_tol=1e-12)
     assert {learning_rate_factor(s, 100, Fit(warmup=0, schedule="constant")) for s in range(100)} == {1.0}
@@ -89,6 +90,13 @@ def test_training_in_float_and_on_the_grid_learns(tmp_path: Path) -> None:
         before = loss_of(model)
         fit(model, tmp_path, epochs=6)
         assert loss_of(model) < before - 0.05
+
+
+def test_training_is_in_training_mode_whatever_went_before(tmp_path: Path) -> None:
+    model = on_grid().eval()
+    watch = Watch(lambda m: all(module.training for module in m.modules()))
+    fit(model, tmp_path, [watch])
+    assert watch.seen and all(watch.seen)
 
 
 def loss_of(model: nn.Module) -> float:
