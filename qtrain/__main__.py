@@ -20,6 +20,8 @@ from qtrain.config import Config, data_dir, recipe_files, recipe_summary, regist
 from qtrain.console import console, errors
 from qtrain.explain import explain
 
+_failure: list[Exception] = []
+
 
 @hydra.main(version_base="1.3", config_path=str(data_dir("conf")), config_name="config")
 def task(cfg: DictConfig) -> Any:
@@ -29,17 +31,21 @@ def task(cfg: DictConfig) -> Any:
 
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    if hydra_config.mode is not RunMode.MULTIRUN:
-        return start(cfg, folder)
-    sweep.announce(hydra_config)
+    if "recipe" in hydra_config.runtime.choices:
+        cfg.recipe = hydra_config.runtime.choices["recipe"]  # the name of a user's own recipe, too
+    if hydra_config.mode is RunMode.MULTIRUN:
+        sweep.announce(hydra_config)
     try:
         return start(cfg, folder)
-    except Exception as error:  # the other jobs go on; the table at the end shows the reason
+    except Exception as error:
+        if hydra_config.mode is not RunMode.MULTIRUN:
+            _failure.append(error)  # main() raises it, after Hydra, which would print its own notice first
+            return None
         if cfg.traceback:
             traceback.print_exc()
         errors.print(f"[red]job failed:[/] {explain(error)}")
         sweep.record_failure(folder, explain(error))
-        return float("nan")
+        return float("nan")  # the other jobs go on; the table at the end shows the reason
 
 
 def start(cfg: DictConfig, folder: Path) -> float | None:
@@ -75,26 +81,48 @@ def list_recipes() -> None:
 
 
 def rewrite(args: list[str]) -> list[str]:
-    """Expand the two conveniences that Hydra's grammar has no room for: debug=true and resume=DIR.
+    """Check what Hydra cannot, and expand debug=true and resume=DIR, for which its grammar has no room.
 
     Raises:
-        ValueError: if the folder to resume holds no run.
+        ValueError: if there is no recipe, the folder to resume holds no run, or the folder to write holds one.
     """
     args = ["debug=traceback" if a == "debug=true" else a for a in args]
-    given = [a for a in args if a.startswith("resume=") and a != "resume=null"]
-    if not given:
-        return args
-    folder = Path(given[0].removeprefix("resume="))
+    resumed = [a for a in args if a.startswith("resume=") and a != "resume=null"]
+    if resumed:
+        return continued(Path(resumed[0].removeprefix("resume=")).expanduser(), [a for a in args if a != resumed[0]])
+    if any(a.startswith("-") and a not in ("-m", "--multirun") and not a.startswith("--config") for a in args):
+        return args  # --help, --cfg job, ...: nothing is run
+    if not any(a.lstrip("+").startswith("recipe=") for a in args):
+        raise ValueError("no recipe was given. Type +recipe=qat_int4_bert, say; python -m qtrain lists the recipes")
+    for folder in (Path(a.removeprefix("run_dir=")) for a in args if a.startswith("run_dir=")):
+        if (folder / "run.json").exists() or (folder / "checkpoints").exists():
+            raise ValueError(f"run_dir={folder} holds a run already. Continue it with resume={folder}, or give another run_dir")
+        if (folder / "multirun.csv").exists() or any(folder.glob("*/.hydra")):
+            raise ValueError(
+                f"run_dir={folder} holds a sweep already. Give another run_dir; one of its jobs goes on with resume={folder}/0"
+            )
+    return args
+
+
+def continued(folder: Path, others: list[str]) -> list[str]:
+    """The command line that ``folder`` was started with, to continue it.
+
+    Raises:
+        ValueError: if the folder holds no run, or options are given beside it.
+    """
     saved = folder / ".hydra" / "overrides.yaml"
     if not saved.is_file():
         raise ValueError(
             f"resume={folder} is not a run: {saved} does not exist. Give the folder that the run printed, like resume=runs/NAME/DATE_TIME"
         )
-    overrides = [str(o) for o in OmegaConf.load(saved) if not str(o).startswith(("run_dir=", "resume=", "hydra."))]
+    if set(others) - {"debug=traceback", "traceback=true"}:
+        raise ValueError(
+            f"resume={folder} goes on with that run's own options; given beside it: {' '.join(others)}. Leave them out, or start a new run"
+        )
+    overrides = [str(o) for o in OmegaConf.load(saved) if not str(o).startswith(("run_dir=", "resume=", "hydra.", "debug=traceback"))]
     sources = OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.config_sources
     extra = [f"--config-dir={s.path}" for s in sources if s.provider == "command-line"]
-    mine = [a for a in args if a != given[0]]
-    return [*extra, *overrides, *mine, f"run_dir={folder}", f"resume={folder}"]
+    return [*extra, *overrides, *others, f"run_dir={folder}", f"resume={folder}"]
 
 
 def main() -> None:
@@ -109,6 +137,8 @@ def main() -> None:
         sys.argv[1:] = rewrite(args)
         register_all()
         task()
+        if _failure:
+            raise _failure[0]
     except KeyboardInterrupt:
         errors.print("\n[yellow]stopped.[/] Nothing is half-written. " + sweep.resume_hint())
         sys.exit(130)

@@ -27,6 +27,15 @@ class FakeQuantSchedule(Callback):
         self.freeze_step = freeze_step
         self.scales: dict[str, dict[str, torch.Tensor]] = {}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a schedule that would never reach the grid."""
+        steps = int(pl_module.steps)  # type: ignore[arg-type]
+        if self.start_step >= steps:
+            raise ValueError(
+                f"quantizer.start_step is {self.start_step}, and training has {steps} steps: all of it would be in float. "
+                f"Set quantizer.start_step={steps // 4}, say, or quantizer.fit.epochs higher"
+            )
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the switches for this step."""
         step = trainer.global_step
@@ -79,29 +88,37 @@ class StepCheckpoint(Callback):
         self.every = every
         self.saved = -1
         self.rng: torch.Tensor | None = None
-        self._consistent = True
+        self.cuda_rng: list[torch.Tensor] = []
+        self._consistent = False
+        """Between two optimizer steps, and not inside a validation: where a checkpoint can be continued."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the generator that draws dropout, so that the resumed run draws the same."""
-        return {"rng": torch.get_rng_state()}
+        """State of the generators that draw dropout, so that the resumed run draws the same."""
+        return {"rng": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(), "saved": self.saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the generator's state for the first batch."""
-        self.rng = state_dict["rng"]
+        """Remember the generators' states for the first batch."""
+        self.rng, self.cuda_rng, self.saved = state_dict["rng"], state_dict["cuda"], state_dict["saved"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore the generator before the first batch after a resume: building the loader drew from it."""
         self._consistent = False
         if self.rng is not None:
             torch.set_rng_state(self.rng.cpu())
+            if len(self.cuda_rng) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all([state.cpu() for state in self.cuda_rng])
             self.rng = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save every `every` optimizer steps."""
         self._consistent = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # gradients in the making are not saved
         step = trainer.global_step
-        if self.every and step and step % self.every == 0 and step != self.saved:
+        if self.every and self._consistent and step % self.every == 0 and step != self.saved:
             self._save(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Half a validation cannot be continued."""
+        self._consistent = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """On Ctrl-C between two steps, save where we are; inside a step the last checkpoint stands."""
@@ -160,13 +177,13 @@ class PlainProgress(Callback):
         import time
 
         self.started, self.first = time.monotonic(), trainer.global_step
-        self.shown = int(10 * trainer.global_step / max(1, int(trainer.estimated_stepping_batches)))
+        self.shown = int(10 * trainer.global_step / max(1, int(pl_module.steps)))  # type: ignore[arg-type]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Print when another tenth is done."""
         import time
 
-        total, step = int(trainer.estimated_stepping_batches), trainer.global_step
+        total, step = int(pl_module.steps), trainer.global_step  # type: ignore[arg-type]
         tenth = int(10 * step / max(1, total))
         if tenth <= self.shown:
             return

@@ -112,10 +112,16 @@ def tidy(folder: Path, keep: Path | None) -> None:
 
 
 def save_model(folder: Path, model: nn.Module, **extra: Any) -> None:
-    """Save weights or codes of ``model``, the grid of every converted layer, scales that training froze, and ``extra`` plain values."""
-    grids = {name: layer.grid.spec() for name, layer in quantized_layers(model)}
+    """Save weights or codes of ``model``, the grid of every layer on one, scales that training froze, and ``extra`` plain values."""
+    grids = _grids(model)
     frozen = {name: layer.weight_fake.frozen for name, layer in fake_layers(model)}
     save(folder, {"state": dict(model.state_dict()), "grids": grids, "frozen": frozen, **extra})
+
+
+def _grids(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """The grid of every layer that is on one, converted or still in training."""
+    fake = {name: layer.weight_fake.grid.spec() for name, layer in fake_layers(model)}
+    return fake | {name: layer.grid.spec() for name, layer in quantized_layers(model)}
 
 
 def load_weights(folder: Path, model: nn.Module) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def load_weights(folder: Path, model: nn.Module) -> dict[str, Any]:
     """
     tree = load(folder)
     stored = {name: from_spec(spec).spec() for name, spec in tree["grids"].items()}
-    present = {name: layer.grid.spec() for name, layer in quantized_layers(model)}
+    present = _grids(model)
     if stored != present:
         different = sorted(n for n in stored.keys() | present.keys() if stored.get(n) != present.get(n))
         raise ValueError(

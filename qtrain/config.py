@@ -50,7 +50,13 @@ class Config:
     logger: Any = None
     """A Lightning logger."""
     optimize: str = "accuracy"
-    """Metric of the last stage that the run returns, for sweepers."""
+    """Metric on the validation split that the run returns to a sweeper: accuracy or loss."""
+
+    def __post_init__(self) -> None:
+        if self.optimize not in ("accuracy", "loss"):
+            raise ValueError(f"optimize is {self.optimize!r}; valid: accuracy, loss (of the validation split). Set optimize=accuracy, say.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it is from 0 to 4294967295. Set seed=0, say.")
 
 
 def data_dir(name: str) -> Path:
@@ -60,7 +66,7 @@ def data_dir(name: str) -> Path:
         FileNotFoundError: if the installation lacks it.
     """
     here = Path(__file__).resolve().parent
-    for candidate in (here.parent / name, here / f"_{name}"):
+    for candidate in (here / f"_{name}", here.parent / name):
         if any(candidate.glob("**/*.yaml")):
             return candidate
     raise FileNotFoundError(f"qtrain is installed without its {name}/ folder; reinstall it: pip install --force-reinstall qtrain")
@@ -93,7 +99,8 @@ def wandb_offline() -> bool:
 def run_folder(run_dir: str | None, recipe: str, kind: str) -> str:
     """Folder of a run or a sweep: the user's, or runs/<recipe>/<date>_<time>."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return run_dir or f"runs/{recipe}/{stamp}{'_sweep' if kind == 'sweep' else ''}"
+    name = "several" if recipe == "none" else recipe  # a sweep over recipes, or a user's own that does not name itself
+    return run_dir or f"runs/{name}/{stamp}{'_sweep' if kind == 'sweep' else ''}"
 
 
 def register_all() -> None:

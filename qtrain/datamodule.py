@@ -161,11 +161,6 @@ class TextDataModule(LightningDataModule):
         if cut:
             self.notes.append(f"{cut} of {total} examples are longer than {max_length} tokens (data.max_length) and were cut")
 
-    @property
-    def num_labels(self) -> int:
-        """Number of classes."""
-        return len(self.label_names)
-
     def train_dataloader(self) -> ResumableLoader:
         """The training batches; under a trainer that resumes, those that are left of its epoch."""
         sampler = ResumableBatchSampler(self._train.lengths, self.batch_size, self.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
@@ -21,7 +22,7 @@ def _text(error: BaseException) -> str:
     if isinstance(error, HydraException):
         cause = error.__cause__
         head = str(error).splitlines()[0]
-        return f"{head} {_key_help(cause)}".strip() if isinstance(cause, OmegaConfBaseException) else str(error)
+        return f"{head}. {_key_help(cause)}".strip() if isinstance(cause, OmegaConfBaseException) else str(error)
     if isinstance(error, OmegaConfBaseException):
         return _key_help(error)
     if isinstance(error, MemoryError):
@@ -29,9 +30,11 @@ def _text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = error.filename or "while writing"
         return f"the disk is full ({where}). Free some space, or set run_dir=/another/disk/run. Nothing half-written was kept"
-    if isinstance(error, PermissionError) or (isinstance(error, OSError) and error.errno in (errno.EROFS, errno.ENOTDIR)):
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if Path(str(error.filename)).is_file():
+            return f"{error.filename} cannot be read ({error.strerror}). Give a file that this user may read"
         return f"{error.filename or 'a folder'} cannot be written ({error.strerror}). Set run_dir=/a/writable/folder"
-    if isinstance(error, (ValueError, FileNotFoundError)):
+    if isinstance(error, (ValueError, FileNotFoundError)) or (isinstance(error, OSError) and error.errno is None):
         return str(error)
     return f"{type(error).__name__}: {error}"
 

@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 SCHEDULES = ("linear", "cosine", "constant")
+OWN_KEYS = {
+    "max_epochs": "finetune.epochs or quantizer.fit.epochs",
+    "max_steps": "finetune.max_steps or quantizer.fit.max_steps",
+    "callbacks": "the options of finetune and quantizer",
+    "logger": "logger=csv, tensorboard, wandb or none",
+    "plugins": "nothing: checkpoints are safetensors",
+    "default_root_dir": "run_dir",
+    "enable_checkpointing": "finetune.checkpoint_every or quantizer.fit.checkpoint_every",
+    "enable_progress_bar": "nothing: it follows the terminal",
+    "num_sanity_val_steps": "nothing: it is 0",
+    "use_distributed_sampler": "nothing: one device trains",
+}
+"""Options of Lightning's Trainer that have another home here."""
 
 
 @dataclass
@@ -40,15 +53,24 @@ class Fit:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}; valid: {', '.join(SCHEDULES)}. Set finetune.schedule=linear, say.")
+            raise ValueError(
+                f"schedule is {self.schedule!r}; valid: {', '.join(SCHEDULES)}. Set finetune.schedule=linear (or quantizer.fit.schedule)."
+            )
         if self.keep not in ("last", "best"):
-            raise ValueError(f"keep is {self.keep!r}; valid: last, best. Set finetune.keep=last, say.")
+            raise ValueError(f"keep is {self.keep!r}; valid: last, best. Set finetune.keep=last (or quantizer.fit.keep).")
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps, from 0 to below 1. Set finetune.warmup=0.1, say.")
+            raise ValueError(
+                f"warmup is {self.warmup}; a share of the steps, 0 to below 1. Set finetune.warmup=0.1 (or quantizer.fit.warmup)."
+            )
+        if self.early_stopping < 0 or self.checkpoint_every < 0 or self.max_steps < -1:
+            raise ValueError(
+                f"early_stopping={self.early_stopping}, checkpoint_every={self.checkpoint_every} and max_steps={self.max_steps} must be at "
+                "least 0, 0 and -1. Set finetune.early_stopping=0 finetune.checkpoint_every=200 finetune.max_steps=-1 (or quantizer.fit.…)"
+            )
         if self.epochs < 0 or self.learning_rate <= 0:
             raise ValueError(
                 f"epochs is {self.epochs} and learning_rate {self.learning_rate}; epochs is at least 0 and learning_rate above 0. "
-                "Set finetune.epochs=2 finetune.learning_rate=5e-5, say."
+                "Set finetune.epochs=2 finetune.learning_rate=5e-5 (or quantizer.fit.…)."
             )
 
 
@@ -71,13 +93,13 @@ def build(node: dict[str, Any], key: str, **kwargs: Any) -> Any:
         ) from error
 
 
-def resolve_precision(precision: str) -> str:
+def resolve_precision(precision: str, accelerator: str = "auto") -> str:
     """Turn `auto` into bf16-mixed where bfloat16 products are faster than float32 ones, and 32-true elsewhere."""
     import torch
 
     if precision != "auto":
         return precision
-    if torch.cuda.is_available():
+    if accelerator != "cpu" and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     capable = (
         getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)() or getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
@@ -112,8 +134,8 @@ def train(
     from qtrain.callbacks import standard_callbacks
     from qtrain.checkpoint import SafeCheckpointIO, newest
 
-    node = dict(trainer)
-    node["precision"] = resolve_precision(str(node.get("precision", "auto")))
+    node = checked(trainer)
+    node["precision"] = resolve_precision(str(node.get("precision", "auto")), str(node.get("accelerator", "auto")))
     last = newest(folder) if resume else None
     instance: Trainer = build(
         node,
@@ -134,4 +156,27 @@ def train(
         instance.fit(module, datamodule=data, ckpt_path=str(last) if last else None, weights_only=True)
     except SystemExit:  # Lightning turns Ctrl-C into exit(1)
         raise KeyboardInterrupt from None
+    finally:
+        close(instance.logger)
     return instance
+
+
+def checked(trainer: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the trainer's options.
+
+    Raises:
+        ValueError: for an option that qtrain sets itself, and for several devices.
+    """
+    for key, instead in OWN_KEYS.items():
+        if key in trainer:
+            raise ValueError(f"trainer.{key} is set by qtrain; given {trainer[key]!r}. Set {instead}")
+    if str(trainer.get("devices", 1)) not in ("1", "[0]"):
+        raise ValueError(f"trainer.devices is {trainer['devices']}; this version trains on one device. Set trainer.devices=1")
+    return dict(trainer)
+
+
+def close(logger: Any) -> None:
+    """End a logger's run, so that the next stage or job gets one of its own."""
+    finish = getattr(getattr(logger, "experiment", None), "finish", None)  # wandb
+    if finish is not None:
+        finish()

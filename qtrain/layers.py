@@ -367,12 +367,13 @@ def prepare(
 def calibrate(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
     """Run ``batches`` (keyword inputs of ``model``) through it in evaluation mode, so that static activation ranges are known."""
     observers = [m for m in model.modules() if isinstance(m, Observer)]
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     model.eval()
     for observer in observers:
         observer.calibrating = True
     try:
         for batch in batches:
-            model(**batch)
+            model(**{name: value.to(device) for name, value in batch.items()})
     finally:
         for observer in observers:
             observer.calibrating = False

@@ -27,6 +27,7 @@ def tune_malloc() -> bool:
         return False
     try:
         libc = ctypes.CDLL(None)
-        return bool(libc.mallopt(M_MMAP_THRESHOLD, GIB) and libc.mallopt(M_TRIM_THRESHOLD, 2 * GIB - 1))
+        done = [libc.mallopt(M_MMAP_THRESHOLD, GIB), libc.mallopt(M_TRIM_THRESHOLD, 2 * GIB - 1)]
+        return all(done)
     except (OSError, AttributeError):
         return False

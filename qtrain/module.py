@@ -44,8 +44,10 @@ class Module(LightningModule):
         self.make_optimizer = optimizer
         self.distill_weight = distill_weight
         self.temperature = temperature
+        self.steps = 0
+        """Optimizer steps of the stage, known when training starts."""
         # in a list: neither a submodule, nor in checkpoints, nor put in training mode
-        self._teacher = [teacher.eval().requires_grad_(False)] if teacher is not None and distill_weight > 0 else []
+        self._teacher = [teacher.eval()] if teacher is not None and distill_weight > 0 else []
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Keyword inputs -> logits [N, C]."""
@@ -80,6 +82,11 @@ class Module(LightningModule):
     ) -> None:
         """Clip; Lightning refuses to under bf16-mixed with a fused optimizer, which is only wrong where gradients are scaled (float16)."""
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            if gradient_clip_val and optimizer.defaults.get("fused"):
+                raise ValueError(
+                    "trainer.precision=16-mixed scales gradients, which a fused optimizer undoes only inside its step, after clipping. "
+                    "Set optimizer.fused=false, or trainer.precision=bf16-mixed"
+                )
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val and gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
@@ -92,9 +99,20 @@ class Module(LightningModule):
         decayed = [p for n, p in trained.items() if p.ndim > 1 and not n.endswith("weight_fake.scale")]
         rest = [p for n, p in trained.items() if p.ndim <= 1 or n.endswith("weight_fake.scale")]
         optimizer = self.make_optimizer([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], lr=self.fit_options.learning_rate)
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, self.fit_options))
+        self.steps = total_steps(self.trainer)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, self.steps, self.fit_options))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def total_steps(trainer: Any) -> int:
+    """Optimizer steps of the whole stage.
+
+    Not `trainer.estimated_stepping_batches`: that makes the training loader before a resumed trainer knows how far it had come.
+    """
+    batches, limit = len(trainer.datamodule.train_dataloader()), trainer.limit_train_batches
+    batches = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
+    steps = math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs
+    return min(steps, trainer.max_steps) if trainer.max_steps >= 0 else steps
 
 
 def learning_rate_factor(step: int, steps: int, fit: Fit) -> float:

@@ -30,7 +30,6 @@ from qtrain.lazy import lazy_import
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
     from torch import Tensor
 else:
     torch = lazy_import("torch")
@@ -154,29 +153,6 @@ class Receipt:
     def json(self) -> dict[str, Any]:
         """Json-ready values, as `run.json` holds them; numbers that are not finite become None."""
         return _finite({**asdict(self), "passed": self.passed})
-
-    def table(self, title: str = "receipt") -> Table:
-        """The receipt as a table for the terminal."""
-        from rich.table import Table
-
-        table = Table("check", "value", title=f"{title}: {'passed' if self.passed else 'FAILED'}", title_justify="left")
-        table.add_row("tensors bit-exact", f"{self.tensors_bit_exact} of {self.tensors}")
-        if self.layers:
-            table.add_row("layers with quantized activations", f"{self.layers}, largest nmse {self.layers_nmse:.3g}")
-        table.add_row("logits nmse", f"{self.logits_nmse:.3g}")
-        table.add_row("logits max abs", f"{self.logits_max_abs:.3g}")
-        table.add_row("top-1 agreement", f"{self.top1_agreement:.4f}")
-        for name, value in self.metric.items():
-            table.add_row(name, f"{value['training']:.4f} in training, {value['runtime']:.4f} in the runtime")
-        for model, shapes in self.latency_ms.items():
-            table.add_row(f"{model}, ms", ", ".join(f"{shape}: {ms:.2f}" for shape, ms in shapes.items()))
-        if self.fused:
-            table.add_row("fused", ", ".join(f"{n} {op}" for op, n in sorted(self.fused.items())))
-        for fallback in self.fallbacks:
-            table.add_row("fallback", f"{fallback['name']}: {fallback['why']}")
-        for failure in self.failures:
-            table.add_row("failure", failure)
-        return table
 
 
 def differing(a: Tensor, b: Tensor) -> int:

@@ -13,7 +13,7 @@ import psutil
 
 from qtrain.checkpoint import versions
 from qtrain.console import console
-from qtrain.sweep import write_json
+from qtrain.files import write_json
 
 
 def peak_rss_bytes() -> int:

@@ -149,7 +149,8 @@ def _layers(run: dict[str, Any]) -> str:
     body = []
     for layer in run["quantized"]:
         db = layer["sqnr_db"]
-        bar = f"<span class='bar' style='width:{min(max(db or 60, 0), 60) * 1.5:.0f}px'></span> {'exact' if db is None else f'{db:.1f} dB'}"
+        width, text = (90, "exact") if db is None else (1.5 * min(max(db, 0), 60), f"{db:.1f} dB")
+        bar = f"<span class='bar' style='width:{width:.0f}px'></span> {text}"
         cells = [
             escape(layer["name"]),
             escape(layer["grid"]),

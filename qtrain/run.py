@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +16,31 @@ from qtrain.layers import calibrate
 from qtrain.malloc import tune_malloc
 from qtrain.record import Record
 from qtrain.report import print_summary, write_html
-from qtrain.stages import convert, export, fit_stage, load, measure, preflight
+from qtrain.stages import convert, export, fit_stage, load, measure, preflight, validate
 
 
-def run(config: Config, resolved: dict[str, Any], folder: Path) -> float | None:
+def run(config: Config, resolved: dict[str, Any], folder: Path) -> float:
     """Run ``config`` in ``folder``; returns the metric named by ``config.optimize``.
 
     Raises:
         ValueError: for bad input, and for a receipt that failed; run.json then has the reason.
     """
-    refuse_used_folder(folder, config.resume)
+    refuse_other_run(folder, resolved)
     sweep.set_folder(folder)
     tune_malloc()
     record = Record(folder, config.recipe, config.seed, resolved)
+    record.write()
     try:
         return pipeline(config, record, folder)
     except BaseException as error:
         record.failed(str(error) or type(error).__name__)
+        with suppress(OSError):
+            write_html(record.data, folder / "report.html")
         raise
 
 
-def pipeline(config: Config, record: Record, folder: Path) -> float | None:
-    """All stages in order."""
+def pipeline(config: Config, record: Record, folder: Path) -> float:
+    """All stages in order; returns `optimize` on the validation split."""
     seed_everything(config.seed, verbose=False)
     with record.stage("data and model"):
         setup, float_model = load(config, record, folder)
@@ -56,21 +61,33 @@ def pipeline(config: Config, record: Record, folder: Path) -> float | None:
             logits = measure(setup, "qat", model, float_logits)
     with record.stage("convert"):
         model = convert(setup, model, logits, float_model)
+        record.data["validation"] = validate(setup, model)
     for name, exporter in config.export.items():
         with record.stage(f"export {name}"):
             export(setup, exporter, model, float_model, logits, float_logits)
     record.passed()
     print_summary(record.data, folder)
     write_html(record.data, folder / "report.html")
-    last = record.data["stages"]["qat" if scheme.trains else "ptq"]
-    return last.get(config.optimize)
+    return float(record.data["validation"][config.optimize])
 
 
-def refuse_used_folder(folder: Path, resume: str | None) -> None:
-    """A run never writes over another one.
+def refuse_other_run(folder: Path, resolved: dict[str, Any]) -> None:
+    """A run never writes over another one, and goes on only as it was started.
 
     Raises:
-        ValueError: if ``folder`` holds a run and ``resume`` does not say to continue it.
+        ValueError: if ``folder`` holds a run and `resume` does not say to continue it, or that run had another configuration.
     """
-    if resume is None and ((folder / "run.json").exists() or (folder / "checkpoints").exists()):
-        raise ValueError(f"run_dir={folder} holds a run already. Continue it with resume={folder}, or give another run_dir")
+    path = folder / "run.json"
+    if resolved["resume"] is None:
+        if path.exists() or (folder / "checkpoints").exists():
+            raise ValueError(f"run_dir={folder} holds a run already. Continue it with resume={folder}, or give another run_dir")
+        return
+    if not path.exists():
+        return
+    was = json.loads(path.read_text())["config"]
+    changed = [key for key in resolved if key not in ("resume", "run_dir", "traceback", "logger") and resolved[key] != was.get(key)]
+    if changed:
+        raise ValueError(
+            f"resume={folder}: the recipe has changed since that run was started ({changed[0]} was {was.get(changed[0])} and is now "
+            f"{resolved[changed[0]]}). Start a new run, or put the recipe back as it was"
+        )

@@ -42,6 +42,12 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     model = config.model.build(len(data.label_names), config.seed, data.label_names)
     for note in data.notes:
         record.note(note)
+    fresh = getattr(config.model, "new_parameters", [])
+    if fresh and config.finetune.epochs == 0:
+        raise ValueError(
+            f"finetune.epochs=0, but {len(fresh)} parameters of the model are new and untrained, the first {fresh[0]}. "
+            "Set finetune.epochs=2, say, or model.path to a model with a trained classifier"
+        )
     batches = list(data.test_dataloader())
     wants_gpu = config.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
     device = torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
@@ -101,9 +107,16 @@ def measure(setup: Setup, stage: str, model: nn.Module, float_logits: Tensor | N
     return logits
 
 
+def validate(setup: Setup, model: nn.Module) -> dict[str, float]:
+    """Metrics on the validation split, which sweepers choose by: choosing by the test split would spoil it."""
+    batches = list(setup.data.val_dataloader())
+    logits = predict(model, batches, "evaluating the validation split")
+    return classification_metrics(logits, torch.cat([labels for _, labels in batches]))
+
+
 def convert(setup: Setup, model: nn.Module, logits: Tensor, float_model: nn.Module) -> nn.Module:
     """Integer codes instead of fake-quant, and the proof that no bit of any logit changed."""
-    trained = {name: p.detach() for name, p in model.named_parameters()}
+    trained = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     model = setup.config.quantizer.convert(model).to(setup.device)
     converted = predict(model, setup.batches, "convert == prepare")
     if not torch.equal(converted, logits):

@@ -9,7 +9,6 @@ import csv
 import json
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from qtrain.console import console
+from qtrain.files import write_json
 
-_state: dict[str, Any] = {"failed": False, "folder": None}
+_state: dict[str, Any] = {"failed": False, "folder": None, "sweep": None}
 
 
 def failed() -> bool:
@@ -34,27 +34,15 @@ def set_folder(folder: Path) -> None:
 
 
 def resume_hint() -> str:
-    """What to type to go on."""
+    """What to type to go on; in a sweep, after the table of the jobs so far."""
+    if _state["sweep"] is not None and _state["sweep"].is_dir():
+        finish(_state["sweep"])
     return f"Continue with: python -m qtrain resume={_state['folder']}" if _state["folder"] else "No run had begun."
 
 
 def announce(hydra_config: Any) -> None:
     """Say which job begins."""
     console.rule(f"job {hydra_config.job.num}: {escape(hydra_config.job.override_dirname or '')}")
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write json under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(document, file, indent=1)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def record_failure(folder: Path, reason: str) -> None:
@@ -72,16 +60,27 @@ def record_failure(folder: Path, reason: str) -> None:
 class SweepTable(Callback):
     """Prints the table when all jobs are done."""
 
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Remember the folder, for a table after Ctrl-C."""
+        _state["sweep"] = Path(config.hydra.sweep.dir)
+
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Read every job's run.json, print, write multirun.csv."""
-        folder = Path(config.hydra.sweep.dir)
-        rows = sorted((row(job) for job in folder.iterdir() if (job / ".hydra").is_dir()), key=order)
-        if not rows:
-            return
+        """Read every job's run.json, print, write multirun.csv; jobs may have run in other processes."""
+        _state["failed"] = True  # unless all of this works
+        rows = finish(Path(config.hydra.sweep.dir))
+        _state["sweep"] = None
+        _state["failed"] = any(line["status"] != "passed" for line in rows)
+
+
+def finish(folder: Path) -> list[dict[str, Any]]:
+    """Print the table of a sweep's jobs, write its csv, and return its rows."""
+    rows = sorted((row(job) for job in folder.iterdir() if (job / ".hydra").is_dir()), key=order)
+    if rows:
         print_table(rows)
         path = folder / "multirun.csv"
         write_csv(path, rows)
         console.print(f"[dim]{path}[/]", soft_wrap=True)
+    return rows
 
 
 def row(job: Path) -> dict[str, Any]:
@@ -99,14 +98,17 @@ def row(job: Path) -> dict[str, Any]:
     receipt = exported.get("receipt") or {}
     deployed = (receipt.get("metric") or {}).get("accuracy", {})
     latency = (receipt.get("latency_ms") or {}).get("quantized", {})
+    validation = run.get("validation") or {}
     return {
         "job": int(job.name) if job.name.isdigit() else job.name,
+        "recipe": run.get("recipe", ""),
         "options": " ".join(overrides),
         "status": run.get("status", "failed"),
         "accuracy_float": stages.get("float", {}).get("accuracy"),
         "accuracy_ptq": stages.get("ptq", {}).get("accuracy"),
         "accuracy": best.get("accuracy"),
         "accuracy_deployed": deployed.get("runtime"),
+        "accuracy_validation": validation.get("accuracy"),
         "bytes": exported.get("bytes"),
         **{f"latency_ms_{shape}": value for shape, value in latency.items()},
         "error": run.get("error", ""),
@@ -121,10 +123,10 @@ def order(line: dict[str, Any]) -> tuple[int, float, float]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """The table on the console."""
-    columns = _columns(rows)
-    table = Table(title="sweep")
+    columns = [c for c in _columns(rows) if c != "recipe" or len({line["recipe"] for line in rows}) > 1]
+    table = Table(title="sweep: accuracies on the test split (choose options by accuracy_validation)", title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold", justify="left" if column in ("options", "status", "error") else "right")
+        table.add_column(column, overflow="fold", justify="left" if column in ("recipe", "options", "status", "error") else "right")
     for line in rows:
         table.add_row(*(_cell(line.get(c)) for c in columns), style=None if line["status"] == "passed" else "red")
     console.print(table)
@@ -133,11 +135,14 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """All rows as csv, under a temporary name first."""
     temporary = path.with_suffix(".csv.tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, _columns(rows))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, _columns(rows), extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:

@@ -46,6 +46,11 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.activation_range not in ("dynamic", "static"):
             raise ValueError(f"quantizer.activation_range is {self.activation_range!r}; valid: dynamic, static")
+        if self.activation is None and self.activation_range == "static":
+            raise ValueError(
+                "quantizer.activation_range=static has no activation grid to fix; choose one: grid@quantizer.activation=affine "
+                "quantizer.activation.bits=8 quantizer.activation.granularity=tensor, or set quantizer.activation_range=dynamic"
+            )
         granularity = getattr(self.activation, "granularity", "tensor")
         if self.activation is not None and self.activation_range == "static" and granularity != "tensor":
             raise ValueError(

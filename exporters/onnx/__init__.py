@@ -56,7 +56,7 @@ options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0") 
 session = onnxruntime.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])
 ```
 
-Linear weights are stored as `{weights}`.{note}
+Quantized weights are held by: {held}.{note}
 """
 DQ_NOTE = " Without that entry onnxruntime quantizes the activations of every layer to int8 by itself, which training did not."
 
@@ -137,9 +137,10 @@ class OnnxExport(Exporter):
             artefact.float_files = plain.files
             if plain.fallback:
                 artefact.fallbacks.append({"name": "float.onnx", "why": plain.fallback})
-        note = DQ_NOTE if self.weights == "dequantize_linear" else ""
+        held = sorted({layout.op for layout in layouts.values()})
+        note = DQ_NOTE if "DequantizeLinear" in held else ""
         name = job.metadata.get("recipe", "quantized model")
-        (folder / "README.md").write_text(README.format(name=name, weights=self.weights, note=note))
+        (folder / "README.md").write_text(README.format(name=name, held=", ".join(held), note=note))
         return artefact
 
     def tensors(self, path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -58,7 +58,7 @@ def write_model(
             if isinstance(error, OSError):
                 raise
         graph = plain
-    written = _finish(graph, path, layers, layouts, metadata, None, example, opset)
+    written = _finish(graph, path, layers, layouts, metadata, None if layers else model, example, opset)  # codes have the receipt
     written.fallback = fallback
     return written
 

@@ -131,7 +131,7 @@ def from_spec(spec: dict[str, Any]) -> Grid:
     if stored != cls.version:  # type: ignore[attr-defined]
         raise ValueError(
             f"the checkpoint holds version {stored} of grid {cls.registered_name}; this qtrain has version {cls.version}. "  # type: ignore[attr-defined]
-            "Load it with the qtrain version named in its versions.json, or quantize again."
+            "Load it with the qtrain version named in its checkpoint.json, or quantize again."
         )
     return cls(**options)
 

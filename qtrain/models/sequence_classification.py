@@ -135,10 +135,6 @@ class SequenceClassification:
             log.info("%s are new, drawn from seed %d: the file does not have them", ", ".join(self.new_parameters), seed)
         return model.eval()
 
-    def logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits, float32 [batch, classes], for inputs int64 [batch, length]."""
-        return model(**inputs).logits
-
     def input_names(self, tokenizer: Any) -> list[str]:
         """Names of the model's inputs, in the order of the tokenizer."""
         return list(tokenizer.model_input_names)

@@ -50,9 +50,10 @@ class TorchaoQat(Scheme):
         if grid is None:
             return
         given = (getattr(grid, "rule", grid.registered_name), getattr(grid, "granularity", ""), getattr(grid, "scale_dtype", ""))
-        if given[0] != "absmax_half" or given[1] not in ("group", "channel") or given[2] != "float32":
+        if given[0] != "absmax_half" or given[1] not in ("group", "channel") or given[2] != "float32" or grid.remainder != "error":
             raise ValueError(
-                f"torchao's QAT has one grid: rule=absmax_half granularity=group or channel, scale_dtype=float32; given quantizer.{key} "
+                "torchao's QAT has one grid: rule=absmax_half granularity=group or channel, scale_dtype=float32 remainder=error; "
+                f"given quantizer.{key} "
                 f"{grid.describe()}. Set quantizer.{key}.rule=absmax_half, or quantizer=qat for every other grid"
             )
 

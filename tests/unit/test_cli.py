@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -72,12 +71,17 @@ def test_help_lists_every_option(tmp_path: Path) -> None:
         ("quantizer.include=['*.nothing']", ["'*.nothing'", "matches none", "quantizer.include="]),
         ("quantizer.keep_float=['bert.poolr.*']", ["bert.poolr.*", "bert.pooler.dense"]),
         ("data.text_column=phrase", ["phrase", "sentence", "data.text_column="]),
-        ("data.label_column=sentence", ["label"]),
+        ("data.label_column=sentence", ["data.label_column=", "only"]),
         ("data.train=/nowhere/a.tsv", ["/nowhere/a.tsv", "data.train="]),
         ("model.path=/nowhere/model", ["/nowhere/model", "model.path="]),
         ("finetune.schedule=zigzag", ["zigzag", "linear, cosine, constant"]),
         ("optimizer._target_=torch.optim.NoSuch", ["torch.optim.NoSuch", "optimizer"]),
-        ("+grid@quantizer.activation=affine", []),
+        ("+trainer.max_epochs=3", ["trainer.max_epochs", "finetune.epochs"]),
+        ("trainer.devices=2", ["trainer.devices=1"]),
+        ("optimize=acuracy", ["acuracy", "accuracy, loss"]),
+        ("quantizer.activation_range=static", ["static", "grid@quantizer.activation=affine"]),
+        ("quantizer.start_step=100000", ["quantizer.start_step", "all of it would be in float"]),
+        ("finetune.epochs=0", ["new and untrained", "classifier"]),
         ("resume=/nowhere", ["/nowhere", "is not a run"]),
     ],
 )
@@ -86,7 +90,9 @@ def test_bad_input_ends_in_one_short_message(override: str, parts: list[str], ti
     text = short_error(qtrain("+recipe=qat_int4_bert", *options, override, f"run_dir={tmp_path / 'run'}", cwd=tmp_path))
     for part in parts:
         assert part in text, text
-    assert len(text) < 1500
+    message = text.partition("error:")[2]
+    assert 20 < len(message) < 900, text
+    assert "Error executing job" not in text
     assert not list(tmp_path.glob("run/exports/**/*.onnx"))
 
 
@@ -118,6 +124,7 @@ def test_a_used_run_dir_is_never_written_over(tiny_options: list[str], tmp_path:
     text = short_error(qtrain("+recipe=rtn_int4_bert", *tiny_options, f"run_dir={tmp_path / 'run'}", cwd=tmp_path))
     assert "holds a run already" in text
     assert (tmp_path / "run" / "run.json").read_text() == "{}"
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["run.json"]  # not even Hydra's notes
 
 
 def test_debug_true_shows_the_traceback(tiny_options: list[str], tmp_path: Path) -> None:
@@ -160,8 +167,12 @@ def test_a_sweep_ends_with_a_table_and_a_csv_and_survives_a_failed_job(tiny_opti
 
 def start_and_stop(args: list[str], cwd: Path, wait_for: str, sig: signal.Signals) -> int:
     """Start a run, send it a signal once a file matching ``wait_for`` exists, and return its exit status."""
+
+    def heed() -> None:  # where the tests themselves run in the background, SIGINT is ignored, and children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     process = subprocess.Popen(
-        [sys.executable, "-m", "qtrain", *args], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ}
+        [sys.executable, "-m", "qtrain", *args], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heed
     )
     for _ in range(1200):
         if list(cwd.glob(wait_for)) or process.poll() is not None:
@@ -193,7 +204,64 @@ def test_a_stopped_run_resumes_to_the_metric_of_an_uninterrupted_one(
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("whole", "cut")]
     assert runs[0]["stages"] == runs[1]["stages"]
+    assert runs[0]["validation"] == runs[1]["validation"]
     assert runs[1]["status"] == "passed"
+
+
+def test_a_run_is_resumed_as_it_was_started_or_not_at_all(tiny_options: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = qtrain("+recipe=rtn_int4_bert", *tiny_options, "finetune.epochs=1", f"run_dir={folder}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = short_error(qtrain(f"resume={folder}", "quantizer.weight.bits=3", cwd=tmp_path))
+    assert "quantizer.weight.bits=3" in text and "own options" in text
+    run = json.loads((folder / "run.json").read_text())
+    run["config"]["seed"] = 5  # as if the recipe had been edited in between
+    (folder / "run.json").write_text(json.dumps(run))
+    assert "seed was 5 and is now 0" in short_error(qtrain(f"resume={folder}", cwd=tmp_path))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["quantizer.learn_scale=true", "quantizer.distill.weight=0.5", "quantizer.freeze_step=6", "trainer.accumulate_grad_batches=2"],
+        ["finetune.keep=best", "quantizer.fit.keep=best", "quantizer.freeze_step=5", "logger=tensorboard", "quantizer.start_step=2"],
+        ["trainer=deterministic", "logger=none", "export.onnx.weights=matmul_nbits", "quantizer.embedding.bits=4"],
+        [
+            "grid@quantizer.activation=affine",
+            "quantizer.activation.bits=8",
+            "quantizer.activation.granularity=tensor",
+            "quantizer.activation_range=static",
+            "export=[]",
+        ],
+        ["quantizer.weight.bits=2", "quantizer.weight.rule=minmax", "quantizer.weight.scale_dtype=bfloat16", "quantizer.embedding=null"],
+    ],
+    ids=["lsq", "best", "deterministic", "static", "asymmetric"],
+)
+def test_options_reach_the_artefact(options: list[str], tiny_options: list[str], tmp_path: Path) -> None:
+    mine = [o for o in tiny_options if o.partition("=")[0] not in {x.partition("=")[0] for x in options}]
+    done = qtrain("+recipe=qat_int4_bert", *mine, *options, f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "passed" and run["convert_equals_prepare"]["bit_exact"]
+    assert run["stages"]["qat"]["accuracy"] > 0.7
+    for entry in run["exports"]:
+        assert entry["receipt"]["tensors_bit_exact"] == len(run["quantized"])
+
+
+def test_a_sweep_over_recipes_that_all_pass(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [*tiny_options, "finetune.epochs=1", "export=[]", f"run_dir={tmp_path / 's'}"]
+    done = qtrain("-m", "+recipe=rtn_int4_bert,qat_int4_bert", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with (tmp_path / "s" / "multirun.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {r["recipe"] for r in rows} == {"rtn_int4_bert", "qat_int4_bert"} and {r["status"] for r in rows} == {"passed"}
+    assert "rtn_int4_bert" in done.stdout
+    assert "holds a sweep already" in short_error(qtrain("-m", "+recipe=rtn_int4_bert", *options, cwd=tmp_path))
+
+
+def test_without_a_recipe_nothing_runs(tmp_path: Path) -> None:
+    assert "+recipe=qat_int4_bert" in short_error(qtrain("seed=1", cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tiny_options: list[str], tmp_path: Path) -> None:

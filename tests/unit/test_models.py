@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 
 from qtrain import samples
 from qtrain.models.sequence_classification import SequenceClassification
+from qtrain.module import logits_of
 from qtrain.targets import select
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
@@ -112,11 +113,11 @@ def test_tokenizer_model_and_example_inputs_fit_together(folder: Path) -> None:
     names = source.input_names(tokenizer)
     inputs = dict(tokenizer(["a b c", "d e f"], return_tensors="pt"))
     assert list(inputs) == names
-    assert source.logits(model, inputs).shape == (2, 3)
+    assert logits_of(model(**inputs)).shape == (2, 3)
     examples = source.example_inputs(2, 24, len(VOCABULARY))
     assert list(examples) == names
     assert {v.dtype for v in examples.values()} == {torch.int64}
-    assert source.logits(model, examples).shape == (2, 3)
+    assert logits_of(model(**examples)).shape == (2, 3)
     assert torch.equal(examples["input_ids"], source.example_inputs(2, 24, len(VOCABULARY))["input_ids"])
 
 
@@ -126,7 +127,7 @@ def test_the_longest_input_is_what_the_model_can_read(folder: Path) -> None:
     assert tokenizer.model_max_length == 24
     inputs = dict(tokenizer(["a " * 50], truncation=True, return_tensors="pt"))
     assert inputs["input_ids"].shape == (1, 24)
-    assert source.logits(source.build(2, seed=0), inputs).isfinite().all()
+    assert logits_of(source.build(2, seed=0)(**inputs)).isfinite().all()
 
 
 def test_a_model_without_token_types_is_not_given_any(tmp_path: Path) -> None:
@@ -274,4 +275,4 @@ def test_the_sample_model() -> None:
     assert tokenizer.model_max_length == 512
     assert source.input_names(tokenizer) == ["input_ids", "token_type_ids", "attention_mask"]
     inputs = dict(tokenizer(["a fine film", "a dull one"], return_tensors="pt"))
-    assert source.logits(model, inputs).shape == (2, 2)
+    assert logits_of(model(**inputs)).shape == (2, 2)

@@ -100,9 +100,7 @@ def test_a_bad_tolerance_says_what_to_type(name: str, value: float) -> None:
         Tolerances(**{name: value})
 
 
-def test_json_and_table_hold_what_was_found() -> None:
-    from rich.console import Console
-
+def test_json_holds_what_was_found() -> None:
     receipt = Receipt(
         fused={"BiasGelu": 2}, latency_ms={"quantized": {"1x64": 1.5}}, fallbacks=[{"name": "model.onnx", "why": "no fusion"}]
     )
@@ -110,10 +108,6 @@ def test_json_and_table_hold_what_was_found() -> None:
     receipt.add_logits(a, a, Tolerances())
     values = receipt.json()
     assert values["passed"] and values["top1_agreement"] == 1.0 and values["fallbacks"][0]["why"] == "no fusion"
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(receipt.table("onnx"))
-    text = console.export_text()
-    assert "passed" in text and "no fusion" in text and "2 BiasGelu" in text
 
 
 def test_importing_it_does_not_import_torch() -> None:
