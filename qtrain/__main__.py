@@ -53,7 +53,7 @@ def start(cfg: DictConfig, folder: Path) -> float | None:
     OmegaConf.resolve(cfg)
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)
-    quiet(["torchao"], logging.ERROR)  # compiled kernels that this machine cannot load
+    quiet(["torchao", "torch.utils._pytree"], logging.ERROR)  # compiled kernels that this machine cannot load; deprecations inside torch
     from qtrain.run import run  # torch is imported here, not before
 
     quiet(["lightning.pytorch", "lightning.fabric", "torch.onnx", "onnxscript", "onnx_ir", "httpx"], logging.WARNING)

@@ -20,7 +20,7 @@ def _text(error: BaseException) -> str:
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, HydraException):
-        cause = error.__cause__
+        cause = error.__cause__ or error.__context__
         head = str(error).splitlines()[0]
         return f"{head}. {_key_help(cause)}".strip() if isinstance(cause, OmegaConfBaseException) else str(error)
     if isinstance(error, OmegaConfBaseException):

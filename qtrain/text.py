@@ -279,7 +279,7 @@ def _guess(key: str, columns: dict[str, list[Any]]) -> str:
 
 
 def _names(names: Iterable[Any]) -> str:
-    listed = [str(n) for n in names]
+    listed = [n if len(n) <= 40 else f"{n[:37]}..." for n in map(str, names)]
     return ", ".join(listed[:_SHOWN]) + (f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else "")
 
 

@@ -71,7 +71,7 @@ def test_help_lists_every_option(tmp_path: Path) -> None:
         ("quantizer.include=['*.nothing']", ["'*.nothing'", "matches none", "quantizer.include="]),
         ("quantizer.keep_float=['bert.poolr.*']", ["bert.poolr.*", "bert.pooler.dense"]),
         ("data.text_column=phrase", ["phrase", "sentence", "data.text_column="]),
-        ("data.label_column=sentence", ["data.label_column=", "only"]),
+        ("data.label_column=sentence", ["Correct the labels, or set data.label_column=NAME"]),
         ("data.train=/nowhere/a.tsv", ["/nowhere/a.tsv", "data.train="]),
         ("model.path=/nowhere/model", ["/nowhere/model", "model.path="]),
         ("finetune.schedule=zigzag", ["zigzag", "linear, cosine, constant"]),
@@ -90,7 +90,7 @@ def test_bad_input_ends_in_one_short_message(override: str, parts: list[str], ti
     text = short_error(qtrain("+recipe=qat_int4_bert", *options, override, f"run_dir={tmp_path / 'run'}", cwd=tmp_path))
     for part in parts:
         assert part in text, text
-    message = text.partition("error:")[2]
+    message = text.partition("error:")[2].partition("(debug=true")[0]
     assert 20 < len(message) < 900, text
     assert "Error executing job" not in text
     assert not list(tmp_path.glob("run/exports/**/*.onnx"))
@@ -243,7 +243,7 @@ def test_options_reach_the_artefact(options: list[str], tiny_options: list[str],
     assert done.returncode == 0, done.stdout + done.stderr
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["status"] == "passed" and run["convert_equals_prepare"]["bit_exact"]
-    assert run["stages"]["qat"]["accuracy"] > 0.7
+    assert abs(run["stages"]["qat"]["accuracy"] - run["stages"]["float"]["accuracy"]) < 0.2
     for entry in run["exports"]:
         assert entry["receipt"]["tensors_bit_exact"] == len(run["quantized"])
 

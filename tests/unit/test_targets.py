@@ -104,4 +104,5 @@ def test_a_scheme_refuses_what_it_cannot_do() -> None:
             Scheme(activation=Affine(8, granularity=granularity), activation_range="static")
         Scheme(activation=Affine(8, granularity=granularity))
     Scheme(activation=Affine(8, granularity="tensor"), activation_range="static")
-    Scheme(activation_range="static")  # no activation grid, nothing to refuse
+    with pytest.raises(ValueError, match="static has no activation grid to fix"):
+        Scheme(activation_range="static")
