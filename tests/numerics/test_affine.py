@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import onnx
@@ -20,17 +19,10 @@ from qtrain.grids import affine
 from qtrain.grids.affine import ASYMMETRIC_RULES, GRANULARITIES, SCALE_BITS, SYMMETRIC_RULES, Affine
 from qtrain.grids.base import from_spec
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RULES = SYMMETRIC_RULES + ASYMMETRIC_RULES
 GROUP = 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors here are tiny; threads that wait for each other on a busy machine take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def grids(rule: str, bits: int = 4, **options: object) -> list[Affine]:

@@ -1,7 +1,5 @@
 """Gradients against straight-through estimators written here in float64: `Grid.fake`, and LSQ (Esser et al. 2020, arXiv 1902.08153)."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,17 +9,10 @@ from qtrain.grids.base import Params
 from qtrain.grids.ste import learned_step, straight_through
 from qtrain.layers import FakeLinear, FakeWeight, convert
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RULES = SYMMETRIC_RULES + ASYMMETRIC_RULES
 GROUP = 16
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors here are tiny; threads that wait for each other on a busy machine take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,6 +27,8 @@ from qtrain.layers import (
     quantized_layers,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 RULES = [r for r in SYMMETRIC_RULES + ASYMMETRIC_RULES if r != "absmax_mlas"]
 ACTIVATIONS = {
     "none": (None, False),
@@ -36,15 +38,6 @@ ACTIVATIONS = {
     "static": (Affine(8, "minmax", "tensor"), True),
     "static symmetric": (Affine(8, "absmax_half", "tensor"), True),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors here are tiny; threads that wait for each other on a busy machine take most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Tiny(nn.Module):
