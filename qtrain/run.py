@@ -12,6 +12,7 @@ from lightning.pytorch import seed_everything
 
 from qtrain import sweep
 from qtrain.config import Config
+from qtrain.console import console
 from qtrain.layers import calibrate
 from qtrain.malloc import tune_malloc
 from qtrain.record import Record
@@ -27,6 +28,7 @@ def run(config: Config, resolved: dict[str, Any], folder: Path) -> float:
     """
     refuse_other_run(folder, resolved)
     sweep.set_folder(folder)
+    console.print(f"run folder: {folder}", style="dim", soft_wrap=True)
     tune_malloc()
     record = Record(folder, config.recipe, config.seed, resolved)
     record.write()

@@ -54,6 +54,7 @@ CLIPS_ABOVE_ONLY = ("absmax_half", "signed_absmax")
 
 _PIECE = 1 << 19
 """Values per piece: 2 MiB of float32, so that the handful of passes over it stay in the L2 cache."""
+_ELSEWHERE = " (or under quantizer.embedding or quantizer.activation, whichever it is)"
 _SHRINKS = [1.0 - 0.025 * i for i in range(27)]
 
 
@@ -77,13 +78,15 @@ class Affine(Grid):
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
-            raise ValueError(f"bits is {self.bits}; the affine grid has 2 to 8 bits. Set quantizer.weight.bits=4, say.")
+            raise ValueError(f"bits is {self.bits}; the affine grid has 2 to 8 bits. Set quantizer.weight.bits=4, say{_ELSEWHERE}.")
         _one_of("rule", self.rule, SYMMETRIC_RULES + ASYMMETRIC_RULES)
         _one_of("granularity", self.granularity, GRANULARITIES)
         _one_of("remainder", self.remainder, ("error", "short"))
         _one_of("scale_dtype", self.scale_dtype, tuple(SCALE_BITS))
         if self.granularity == "group" and self.group_size < 2:
-            raise ValueError(f"group_size is {self.group_size}; a group has at least 2 values. Set quantizer.weight.group_size=32, say.")
+            raise ValueError(
+                f"group_size is {self.group_size}; a group has at least 2 values. Set quantizer.weight.group_size=32, say{_ELSEWHERE}."
+            )
         if self.rule == "absmax_mlas" and (self.bits != 8 or self.scale_dtype != "float32"):
             raise ValueError(
                 f"rule=absmax_mlas has 8 bits and float32 scales, given bits={self.bits} scale_dtype={self.scale_dtype}; "
@@ -334,4 +337,4 @@ def _signed_absmax(x: Tensor) -> Tensor:
 
 def _one_of(field: str, given: str, valid: tuple[str, ...]) -> None:
     if given not in valid:
-        raise ValueError(f"{field} is {given!r}; valid: {', '.join(valid)}. Set quantizer.weight.{field}={valid[0]}, say.")
+        raise ValueError(f"{field} is {given!r}; valid: {', '.join(valid)}. Set quantizer.weight.{field}={valid[0]}, say{_ELSEWHERE}.")

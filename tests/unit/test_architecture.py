@@ -17,7 +17,7 @@ ALLOWED = {
     "qtrain/quantizers": COMMON,
     "qtrain/models": COMMON | {"samples", "models"},
     "qtrain/data": COMMON | {"samples", "text", "datamodule"},
-    "exporters": {"grids", "layers", "receipt", "registry", "lazy", "console", "__init__"},
+    "exporters": {"grids", "receipt", "registry", "lazy", "__init__"},
 }
 
 

@@ -271,3 +271,22 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(tiny_options: lis
     tensors.write_bytes(tensors.read_bytes()[:-1000])
     text = short_error(qtrain(f"resume={tmp_path / 'cut'}", cwd=tmp_path))
     assert "damaged" in text and "Delete that folder" in text
+
+
+def test_wandb_logs_offline_without_a_login(tiny_options: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    options = [*tiny_options, "finetune.epochs=1", "export=[]", "logger=wandb", f"run_dir={tmp_path / 'run'}"]
+    done = qtrain("+recipe=qat_int4_bert", *options, cwd=tmp_path, WANDB_API_KEY="", HOME=str(tmp_path), WANDB_SILENT="true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("run/logs/wandb/offline-run-*"))) == 2  # float and qat, each its own
+
+
+def test_a_search_maximises_the_validation_metric(tiny_options: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    options = [*tiny_options, "finetune.epochs=1", "export=[]", "hydra.sweeper.n_trials=2", f"run_dir={tmp_path / 's'}"]
+    done = qtrain("-m", "+recipe=qat_int4_bert", "+sweep=optuna", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    best = (tmp_path / "s" / "optimization_results.yaml").read_text()
+    with (tmp_path / "s" / "multirun.csv").open() as file:
+        values = [float(r["accuracy_validation"]) for r in csv.DictReader(file)]
+    assert len(values) == 2 and str(max(values))[:6] in best
