@@ -15,7 +15,7 @@ from typing import Any, cast
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from qtrain import sweep
+from qtrain import registry, sweep
 from qtrain.config import Config, data_dir, recipe_files, recipe_summary, register_all
 from qtrain.console import console, errors
 from qtrain.explain import explain
@@ -80,6 +80,40 @@ def list_recipes() -> None:
     console.print("\nOptions: python -m qtrain --help    Sweep: -m key=a,b    Continue a run: resume=RUN_DIR")
 
 
+HELP = """\
+qtrain: train on the grid that you deploy.
+
+python -m qtrain                              list the recipes
+python -m qtrain +recipe=NAME                 run one
+python -m qtrain +recipe=NAME key=value       with other options
+python -m qtrain -m +recipe=NAME key=a,b      sweep
+python -m qtrain resume=RUN_DIR               continue a run that was stopped
+python -m qtrain +recipe=NAME --cfg job       print its configuration and stop
+python -m qtrain --hydra-help                 the flags of Hydra, which reads all this
+
+== Options of each group (group=option) ==
+"""
+
+
+def print_help(args: list[str]) -> None:
+    """What there is to type. Hydra's own --help copies the whole configuration once per group, which takes two seconds."""
+    from hydra import compose, initialize_config_dir
+
+    print(HELP)
+    for group in registry.PACKAGES:
+        options = registry.entries(group)
+        print(f"{group}: {', '.join(o.name for o in options)}")
+        for option in options:
+            print(f"    {option.name:<24} {option.summary}")
+    for folder in sorted(p for p in data_dir("conf").iterdir() if p.is_dir() and p.name != "hydra"):
+        print(f"{folder.name}: {', '.join(sorted(f.stem for f in folder.glob('*.yaml')))}")
+    print(f"recipe: {', '.join(recipe_files())}\n")
+    with initialize_config_dir(str(data_dir("conf")), version_base="1.3"):
+        cfg = compose("config", overrides=[a for a in args if not a.startswith("-")])
+    print("== Configuration (override with key=value; with +recipe=NAME it is that recipe's) ==")
+    print(OmegaConf.to_yaml(cfg))
+
+
 def rewrite(args: list[str]) -> list[str]:
     """Check what Hydra cannot, and expand debug=true and resume=DIR, for which its grammar has no room.
 
@@ -136,9 +170,14 @@ def main() -> None:
     try:
         sys.argv[1:] = rewrite(args)
         register_all()
+        if {"--help", "-h"} & set(args):
+            print_help(args)
+            return
         task()
         if _failure:
             raise _failure[0]
+    except BrokenPipeError:  # the reader of our output has left: `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         errors.print("\n[yellow]stopped.[/] Nothing is half-written. " + sweep.resume_hint())
         sys.exit(130)
