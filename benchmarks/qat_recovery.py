@@ -1,7 +1,7 @@
 """How much of the accuracy that rounding loses does QAT win back, at 4, 3 and 2 bits (group 32)?
 
     python -m benchmarks.qat_recovery                                   the sample reviews
-    python -m benchmarks.qat_recovery --sst2 ../shared/data/sst2        SST-2 (train.tsv, dev.tsv, test.tsv), 250 steps a stage
+    python -m benchmarks.qat_recovery --sst2 ../shared/data/sst2        SST-2 (train.tsv, dev.tsv, test.tsv), 120 steps a stage
 
 The recipe qat_int4_bert as it is (all-MiniLM-L6-v2, int8 embeddings, signed_absmax) at each number of bits and seed; the float model of
 a seed is trained once and shared. Recovery is (QAT - RTN) / (float - RTN), from accuracies averaged over the seeds. `--rule absmax` shows
@@ -95,8 +95,8 @@ def main() -> None:
             "data.text_column=sentence",
             "data.eval_text_column=content",
             "data.label_column=label",
-            "finetune.max_steps=250",
-            "quantizer.fit.max_steps=250",
+            "finetune.max_steps=120",
+            "quantizer.fit.max_steps=120",
         ]
     runs = [one_seed(seed, args.bits, overrides) for seed in range(args.seeds)]
     print(f"\n{machine()}; {args.seeds} seeds; rule {args.rule}\n\n{table(runs, args.bits)}")
