@@ -3,12 +3,14 @@
 glibc returns every block above 128 KiB to the kernel when it is freed and maps it anew, zeroed, page by page, when it is
 asked for again. A training step frees and allocates the same activations over and over, so on a small virtual machine most of
 a naive step is page faults. Raising M_MMAP_THRESHOLD and M_TRIM_THRESHOLD keeps those pages in the process; peak memory does
-not change, since what is kept is what was in use. `QTRAIN_MALLOC=0` turns it off. See mallopt(3).
+not change within a stage, since what is kept is what was in use; between stages `release` gives it back, so that the peaks of
+training and of export do not add up. `QTRAIN_MALLOC=0` turns it off. See mallopt(3), malloc_trim(3).
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 
@@ -31,3 +33,10 @@ def tune_malloc() -> bool:
         return all(done)
     except (OSError, AttributeError):
         return False
+
+
+def release() -> None:
+    """Drop what the stage before left (optimizer states hang in reference cycles) and give its pages back to the kernel."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -16,6 +16,7 @@ from exporters.base import ExportJob, ReceiptFailed
 from qtrain.checkpoint import load_weights, save_model, tidy
 from qtrain.evaluate import classification_metrics, compare_to_float, layer_table, predict, sizes
 from qtrain.fit import Fit, build, train
+from qtrain.malloc import release
 from qtrain.module import Module
 from qtrain.record import Record
 
@@ -95,6 +96,8 @@ def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: A
     )
     save_model(done, model, stage=stage)
     tidy(steps, keep=None)
+    del module, optimizer
+    release()
 
 
 def measure(setup: Setup, stage: str, model: nn.Module, float_logits: Tensor | None = None) -> Tensor:
