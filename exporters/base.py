@@ -160,7 +160,7 @@ class Exporter(ABC):
             ValueError: if the runtime cannot hold a layer, naming all of them.
             ReceiptFailed: if the file does not compute what training computed; it carries the entry.
         """
-        self._refuse(job)
+        self.refuse(job.model)
         final = Path(job.folder) / self.registered_name
         with staged(final) as work, _status(f"{self.registered_name}: packing") as status:
             artefact = self.write(job, work)
@@ -178,20 +178,25 @@ class Exporter(ABC):
             (work / "receipt.json").write_text(json.dumps(entry, indent=1) + "\n")
         return entry
 
-    def _refuse(self, job: ExportJob) -> None:
-        unconverted = [n for n, m in job.model.named_modules() if hasattr(m, "weight_fake")]
+    def refuse(self, model: nn.Module) -> None:
+        """Check, before anything is written or trained, that ``model`` is converted and that the runtime can hold it.
+
+        Raises:
+            ValueError: if not, naming the layers.
+        """
+        unconverted = [n for n, m in model.named_modules() if hasattr(m, "weight_fake")]
         if unconverted:
             raise ValueError(
                 f"{len(unconverted)} layers are still fake-quantized, the first {unconverted[0]}; "
                 "an exporter packs codes: give it qtrain.layers.convert(model)"
             )
-        layers = packed_layers(job.model)
+        layers = packed_layers(model)
         if not layers:
             raise ValueError(
                 f"the model given to export={self.registered_name} has no quantized layer; an exporter packs codes and never quantizes. "
                 "Choose a quantizer first: quantizer=rtn, say."
             )
-        refused = self.refusals(job.model)
+        refused = self.refusals(model)
         if refused:
             shown = "\n  ".join(refused[:5]) + (f"\n  and {len(refused) - 5} more" if len(refused) > 5 else "")
             raise ValueError(f"export={self.registered_name} cannot hold {len(refused)} of {len(layers)} quantized layers:\n  {shown}")

@@ -19,6 +19,7 @@ from qtrain import registry, sweep
 from qtrain.config import Config, data_dir, recipe_files, recipe_summary, register_all
 from qtrain.console import console, errors
 from qtrain.explain import explain
+from qtrain.files import refuse_used
 
 _failure: list[Exception] = []
 
@@ -129,8 +130,7 @@ def rewrite(args: list[str]) -> list[str]:
     if not any(a.lstrip("+").startswith("recipe=") for a in args):
         raise ValueError("no recipe was given. Type +recipe=qat_int4_bert, say; python -m qtrain lists the recipes")
     for folder in (Path(a.removeprefix("run_dir=")) for a in args if a.startswith("run_dir=")):
-        if (folder / "run.json").exists() or (folder / "checkpoints").exists():
-            raise ValueError(f"run_dir={folder} holds a run already. Continue it with resume={folder}, or give another run_dir")
+        refuse_used(folder)
         if (folder / "multirun.csv").exists() or any(folder.glob("*/.hydra")):
             raise ValueError(
                 f"run_dir={folder} holds a sweep already. Give another run_dir; one of its jobs goes on with resume={folder}/0"

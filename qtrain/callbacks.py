@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
-from qtrain.checkpoint import remove, save_model, tidy
+from qtrain.checkpoint import load_weights, remove, save_model, tidy
 from qtrain.fit import Fit
 from qtrain.layers import FakeActivation, fake_layers
 
@@ -156,8 +157,6 @@ class KeepBest(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with the best weights."""
-        from qtrain.checkpoint import load_weights
-
         if self.folder.exists():
             load_weights(self.folder, pl_module.model)  # type: ignore[arg-type]
             remove(self.folder)
@@ -174,15 +173,11 @@ class PlainProgress(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        import time
-
         self.started, self.first = time.monotonic(), trainer.global_step
         self.shown = int(10 * trainer.global_step / max(1, int(pl_module.steps)))  # type: ignore[arg-type]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Print when another tenth is done."""
-        import time
-
         total, step = int(pl_module.steps), trainer.global_step  # type: ignore[arg-type]
         tenth = int(10 * step / max(1, total))
         if tenth <= self.shown:

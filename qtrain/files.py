@@ -21,3 +21,13 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def refuse_used(folder: Path) -> None:
+    """A run never writes over another one.
+
+    Raises:
+        ValueError: if ``folder`` holds a run.
+    """
+    if (folder / "run.json").exists() or (folder / "checkpoints").exists():
+        raise ValueError(f"run_dir={folder} holds a run already. Continue it with resume={folder}, or give another run_dir")

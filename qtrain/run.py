@@ -13,6 +13,7 @@ from lightning.pytorch import seed_everything
 from qtrain import sweep
 from qtrain.config import Config
 from qtrain.console import console
+from qtrain.files import refuse_used
 from qtrain.layers import calibrate
 from qtrain.malloc import tune_malloc
 from qtrain.record import Record
@@ -81,8 +82,7 @@ def refuse_other_run(folder: Path, resolved: dict[str, Any]) -> None:
     """
     path = folder / "run.json"
     if resolved["resume"] is None:
-        if path.exists() or (folder / "checkpoints").exists():
-            raise ValueError(f"run_dir={folder} holds a run already. Continue it with resume={folder}, or give another run_dir")
+        refuse_used(folder)
         return
     if not path.exists():
         return
