@@ -11,7 +11,6 @@ another grid.
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import tempfile
 from pathlib import Path
@@ -24,7 +23,7 @@ from benchmarks._common import machine, markdown
 from qtrain.config import data_dir, register_all
 from qtrain.malloc import tune_malloc
 from qtrain.record import Record
-from qtrain.stages import fit_stage, load, measure
+from qtrain.stages import fit_stage, load, measure, quantize
 
 
 def configuration(overrides: list[str]) -> Any:
@@ -47,8 +46,7 @@ def one_seed(seed: int, bits: list[int], overrides: list[str]) -> dict[str, dict
         for b in bits:
             setup.config = configuration([f"seed={seed}", *overrides, f"quantizer.weight.bits={b}"])
             setup.folder = Path(folder) / str(b)
-            scheme, model = setup.config.quantizer, copy.deepcopy(float_model)
-            scheme.prepare(model, config.model.always_float(model))
+            scheme, model = setup.config.quantizer, quantize(setup, float_model)
             measure(setup, "ptq", model, float_logits)
             fit_stage(setup, "qat", model, scheme.fit, scheme.callbacks(), teacher=float_model)
             measure(setup, "qat", model, float_logits)

@@ -188,7 +188,7 @@ class Exporter(ABC):
         if unconverted:
             raise ValueError(
                 f"{len(unconverted)} layers are still fake-quantized, the first {unconverted[0]}; "
-                "an exporter packs codes: give it qtrain.layers.convert(model)"
+                "an exporter packs codes: give it qtrain.prepare.convert(model)"
             )
         layers = packed_layers(model)
         if not layers:

@@ -20,6 +20,7 @@ from qtrain.config import Config, data_dir, recipe_files, recipe_summary, regist
 from qtrain.console import console, errors
 from qtrain.explain import explain
 from qtrain.files import refuse_used
+from qtrain.vision import mend_torchvision
 
 _failure: list[Exception] = []
 
@@ -54,6 +55,7 @@ def start(cfg: DictConfig, folder: Path) -> float | None:
     OmegaConf.resolve(cfg)
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)
+    mend_torchvision()  # Lightning imports it where it is installed
     quiet(["torchao", "torch.utils._pytree"], logging.ERROR)  # compiled kernels that this machine cannot load; deprecations inside torch
     from qtrain.run import run  # torch is imported here, not before
 

@@ -14,18 +14,20 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 
 from qtrain.checkpoint import load_weights, remove, save_model, tidy
 from qtrain.fit import Fit
-from qtrain.layers import FakeActivation, fake_layers
+from qtrain.layers import FakeConv, fake_activations, fake_layers
 
 
 class FakeQuantSchedule(Callback):
     """Train in float before ``start_step``; keep scales and activation ranges fixed from ``freeze_step`` on (optimizer steps).
 
-    Evaluation is always on the grid. Both are functions of the step and of saved weights, so a resumed run does the same.
+    Statistics of the batch-norms that convolutions hold stay from ``freeze_batch_norm_step`` on. Evaluation is always on the grid. All
+    are functions of the step and of saved weights, so a resumed run does the same.
     """
 
-    def __init__(self, start_step: int, freeze_step: int | None) -> None:
+    def __init__(self, start_step: int, freeze_step: int | None, freeze_batch_norm_step: int | None = None) -> None:
         self.start_step = start_step
         self.freeze_step = freeze_step
+        self.freeze_batch_norm_step = freeze_batch_norm_step
         self.scales: dict[str, dict[str, torch.Tensor]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -40,11 +42,17 @@ class FakeQuantSchedule(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the switches for this step."""
         step = trainer.global_step
-        freeze = self.freeze_step is not None and step >= self.freeze_step
+        freeze = _reached(self.freeze_step, step)
+        for _, activation in fake_activations(pl_module):
+            activation.enabled = step >= self.start_step
+            if freeze and activation.observer is not None:
+                activation.observer.frozen = True
         for name, layer in fake_layers(pl_module):
             layer.enabled = step >= self.start_step
             if freeze:
                 self._freeze(name, layer)
+            if isinstance(layer, FakeConv) and not layer.batch_norm_frozen and _reached(self.freeze_batch_norm_step, step):
+                layer.freeze_batch_norm()
 
     def _freeze(self, name: str, layer: Any) -> None:
         fake = layer.weight_fake
@@ -52,12 +60,9 @@ class FakeQuantSchedule(Callback):
             if name in self.scales:  # resumed after the freeze: the scales of that step, not of today's weights
                 fake.frozen = {k: v.to(layer.weight.device) for k, v in self.scales[name].items()}
             else:
-                fake.freeze(layer.weight)
+                fake.freeze(layer.folded()[0])
                 frozen: dict[str, torch.Tensor] = fake.frozen or {}
                 self.scales[name] = {k: v.detach().cpu() for k, v in frozen.items()}
-        activation = layer.activation_fake
-        if isinstance(activation, FakeActivation) and activation.observer is not None:
-            activation.observer.frozen = True
 
     def state_dict(self) -> dict[str, Any]:
         """Frozen scales by layer."""
@@ -66,6 +71,10 @@ class FakeQuantSchedule(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore frozen scales."""
         self.scales = state_dict["scales"]
+
+
+def _reached(when: int | None, step: int) -> bool:
+    return when is not None and step >= when
 
 
 class StopAtNonFinite(Callback):

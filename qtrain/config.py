@@ -41,6 +41,10 @@ class Config:
     """How the float model is fine-tuned before quantization; epochs=0 for a model that is trained already."""
     quantizer: Any = MISSING
     """Which value of the grid each weight gets."""
+    analyze: bool = False
+    """Measure each layer alone on the grid: SQNR of its output, and the metric on the validation split (`quantizer.keep_float=auto:N` does)."""
+    analyze_examples: int = 512
+    """Validation examples that the analysis uses, at most."""
     export: dict[str, Any] = field(default_factory=dict)
     """Exporters, by name; `export=[]` for none."""
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -55,6 +59,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.optimize not in ("accuracy", "loss"):
             raise ValueError(f"optimize is {self.optimize!r}; valid: accuracy, loss (of the validation split). Set optimize=accuracy, say.")
+        if self.analyze_examples < 1:
+            raise ValueError(f"analyze_examples is {self.analyze_examples}; it must be at least 1. Set analyze_examples=512, say.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; it is from 0 to 4294967295. Set seed=0, say.")
 

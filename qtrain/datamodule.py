@@ -1,9 +1,11 @@
-"""The one LightningDataModule for text classification: tokenized once, batched by length, resumable in the middle of an epoch.
+"""The LightningDataModules for texts (tokenized once, batched by length) and images, resumable in the middle of an epoch.
 
 Batches of similar length waste little on padding, which on a CPU is worth a factor of two. The training order of an epoch is a pure
 function of (seed, epoch): shuffle all examples, sort each pool of 50 batches by length, cut it into batches, shuffle the batches.
 Being a function, it can be entered anywhere: a run that resumes from a checkpoint written in the middle of an epoch sees exactly the
-batches that the uninterrupted run would have seen.
+batches that the uninterrupted run would have seen. Images have one length, and are only shuffled; how they are augmented is a function of
+(seed, epoch, first index of the batch) for the same reason: drawn from the global generator, it would depend on what dropout drew
+before, and Lightning fetches a batch before a callback can restore that generator.
 
 How Lightning 2.6 gets there (`loops/fit_loop.py`, `loops/training_epoch_loop.py`). On resume it restores its counters and then asks for
 the training loader; it starts to count batches where the checkpoint stopped, but reads the loader from its beginning, and ends the
@@ -14,8 +16,9 @@ therefore computed when the first batch is asked for, not before.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -23,10 +26,12 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from qtrain.text import Examples, Splits
+from qtrain.images import Images, ImageSpec, crop_flip, normalised
+from qtrain.splits import Splits
+from qtrain.text import Examples
 
 Batch = tuple[dict[str, Tensor], Tensor]
-"""Inputs by name, int64 [batch, length of the longest]; labels, int64 [batch]."""
+"""Inputs by name (int64 [batch, length of the longest], or float32 [batch, C, H, W]); labels, int64 [batch]."""
 
 POOL = 50
 """Batches per pool: more sorts better, fewer shuffles better."""
@@ -108,7 +113,21 @@ class ResumableLoader(DataLoader[Any]):
             )
 
 
-class Encoded(Dataset[tuple[dict[str, list[int]], int]]):
+class Encoded(Dataset[Any]):
+    """One split, ready to be batched."""
+
+    lengths: list[int]
+    """What batches are sorted by."""
+
+    @abstractmethod
+    def __getitems__(self, indices: list[int]) -> Any:
+        """Several examples, as `collate` takes them."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class Tokens(Encoded):
     """One split as token ids."""
 
     def __init__(self, columns: dict[str, list[list[int]]], labels: list[int], cut: int) -> None:
@@ -117,55 +136,67 @@ class Encoded(Dataset[tuple[dict[str, list[int]], int]]):
         self.cut = cut
         """Examples that were longer than `max_length`."""
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[dict[str, list[int]], int]:
-        return {name: values[index] for name, values in self.columns.items()}, self.labels[index]
+    def __getitems__(self, indices: list[int]) -> list[tuple[dict[str, list[int]], int]]:
+        """Token ids by column, and the label, of each."""
+        return [({name: values[i] for name, values in self.columns.items()}, self.labels[i]) for i in indices]
 
 
-class TextDataModule(LightningDataModule):
-    """Loaders of tokenized batches; `notes`, `label_names` and `splits` say what is in them."""
+class Pixels(Encoded):
+    """One split as images, with or without augmentation."""
 
-    def __init__(
-        self,
-        splits: Splits,
-        tokenizer: Any,
-        *,
-        batch_size: int = 32,
-        eval_batch_size: int = 64,
-        max_length: int = 128,
-        calibration_examples: int = 256,
-        seed: int = 0,
-    ) -> None:
-        """Tokenize all splits.
+    def __init__(self, images: Images) -> None:
+        self.images, self.labels = images, torch.tensor(images.labels, dtype=torch.int64)
+        self.lengths = [1] * len(images)
 
-        Raises:
-            ValueError: if the tokenizer cannot pad.
-        """
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Pixels [N, C, H, W] as they were read, and labels [N]."""
+        return self.images.pixels[indices], self.labels[indices]
+
+
+class Augmented(Pixels):
+    """Images cropped and mirrored at random, for the epoch that ``sampler`` is in."""
+
+    def __init__(self, images: Images, sampler: ResumableBatchSampler) -> None:
+        super().__init__(images)
+        self.sampler = sampler
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Pixels [N, C, H, W] and labels [N]."""
+        pixels, labels = super().__getitems__(indices)
+        return crop_flip(pixels, np.random.default_rng([self.sampler.seed, self.sampler.epoch, indices[0]])), labels
+
+
+E = TypeVar("E", bound=Encoded)
+
+
+class ClassificationDataModule(LightningDataModule, Generic[E]):
+    """Loaders of batches; `notes`, `label_names` and `splits` say what is in them. A subclass encodes and collates."""
+
+    splits: Splits[Any]
+    _train: E
+    _validation: E
+    _test: E
+    _calibration: E
+    """The first training examples: train is in stratified order, so they are a fair sample."""
+
+    def __init__(self, splits: Splits[Any], batch_size: int, eval_batch_size: int, seed: int) -> None:
         super().__init__()
-        _require_padding(tokenizer)
         self.splits, self.label_names, self.notes = splits, splits.label_names, list(splits.notes)
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
-        self._pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-        self._pad_left = tokenizer.padding_side == "left"
-        if max_length > tokenizer.model_max_length:
-            self.notes.append(f"data.max_length={max_length} is more than the model reads; {tokenizer.model_max_length} tokens are used")
-            max_length = tokenizer.model_max_length
-        self._train = encode(splits.train, tokenizer, max_length)
-        self._validation = encode(splits.validation, tokenizer, max_length)
-        self._test = encode(splits.test, tokenizer, max_length)
-        count = min(calibration_examples, len(splits.train))  # train is in stratified order: its first examples are a fair sample
-        self._calibration = Encoded({n: v[:count] for n, v in self._train.columns.items()}, self._train.labels[:count], 0)
-        cut, total = self._train.cut + self._validation.cut + self._test.cut, len(self._train) + len(self._validation) + len(self._test)
-        if cut:
-            self.notes.append(f"{cut} of {total} examples are longer than {max_length} tokens (data.max_length) and were cut")
+
+    @abstractmethod
+    def collate(self, items: Any) -> Batch:
+        """Model inputs and labels of what `__getitems__` of a split gave."""
+
+    def training(self, sampler: ResumableBatchSampler) -> Encoded:
+        """The training split as it is trained on."""
+        return self._train
 
     def train_dataloader(self) -> ResumableLoader:
         """The training batches; under a trainer that resumes, those that are left of its epoch."""
         sampler = ResumableBatchSampler(self._train.lengths, self.batch_size, self.seed)
         sampler.set_epoch(*self._position())
-        return ResumableLoader(self._train, batch_sampler=sampler, collate_fn=self.collate, generator=torch.Generator())
+        return ResumableLoader(self.training(sampler), batch_sampler=sampler, collate_fn=self.collate, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The validation batches, sorted by length."""
@@ -179,16 +210,9 @@ class TextDataModule(LightningDataModule):
         """Batches of the first training examples, sorted by length; never a validation or test example."""
         return self._fixed(self._calibration)
 
-    def collate(self, items: list[tuple[dict[str, list[int]], int]]) -> Batch:
-        """Pad to the longest of ``items``."""
-        inputs = {name: self._pad(name, [features[name] for features, _ in items]) for name in items[0][0]}
-        return inputs, torch.tensor([label for _, label in items], dtype=torch.int64)
-
-    def _pad(self, name: str, rows: list[list[int]]) -> Tensor:
-        longest, value = max(map(len, rows)), self._pads.get(name, 0)
-        fills = [[value] * (longest - len(row)) for row in rows]
-        padded = [f + r if self._pad_left else r + f for r, f in zip(rows, fills, strict=True)]
-        return torch.tensor(padded, dtype=torch.int64)
+    def example_inputs(self, count: int) -> dict[str, Tensor]:
+        """Inputs of ``count`` training examples, for tracing and timing: the first ones, again from the start where they are fewer."""
+        return self.collate(self._calibration.__getitems__([i % len(self._calibration) for i in range(count)]))[0]
 
     def _fixed(self, data: Encoded) -> DataLoader[Any]:
         order = sorted(range(len(data)), key=lambda i: (data.lengths[i], i))
@@ -209,7 +233,84 @@ class TextDataModule(LightningDataModule):
         return epoch, batches.batch_progress.current.completed + int(batches.restarted_on_train_batch_end)
 
 
-def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
+class TextDataModule(ClassificationDataModule[Tokens]):
+    """Loaders of tokenized batches, padded to their longest."""
+
+    def __init__(
+        self,
+        splits: Splits[Examples],
+        tokenizer: Any,
+        *,
+        batch_size: int = 32,
+        eval_batch_size: int = 64,
+        max_length: int = 128,
+        calibration_examples: int = 256,
+        seed: int = 0,
+    ) -> None:
+        """Tokenize all splits.
+
+        Raises:
+            ValueError: if the tokenizer cannot pad.
+        """
+        super().__init__(splits, batch_size, eval_batch_size, seed)
+        _require_padding(tokenizer)
+        self._pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        self._pad_left = tokenizer.padding_side == "left"
+        if max_length > tokenizer.model_max_length:
+            self.notes.append(f"data.max_length={max_length} is more than the model reads; {tokenizer.model_max_length} tokens are used")
+            max_length = tokenizer.model_max_length
+        self._train = encode(splits.train, tokenizer, max_length)
+        self._validation = encode(splits.validation, tokenizer, max_length)
+        self._test = encode(splits.test, tokenizer, max_length)
+        count = min(calibration_examples, len(splits.train))
+        self._calibration = Tokens({n: v[:count] for n, v in self._train.columns.items()}, self._train.labels[:count], 0)
+        cut, total = self._train.cut + self._validation.cut + self._test.cut, len(self._train) + len(self._validation) + len(self._test)
+        if cut:
+            self.notes.append(f"{cut} of {total} examples are longer than {max_length} tokens (data.max_length) and were cut")
+
+    def collate(self, items: list[tuple[dict[str, list[int]], int]]) -> Batch:
+        """Pad to the longest of ``items``."""
+        inputs = {name: self._pad(name, [features[name] for features, _ in items]) for name in items[0][0]}
+        return inputs, torch.tensor([label for _, label in items], dtype=torch.int64)
+
+    def _pad(self, name: str, rows: list[list[int]]) -> Tensor:
+        longest, value = max(map(len, rows)), self._pads.get(name, 0)
+        fills = [[value] * (longest - len(row)) for row in rows]
+        padded = [f + r if self._pad_left else r + f for r, f in zip(rows, fills, strict=True)]
+        return torch.tensor(padded, dtype=torch.int64)
+
+
+class ImageDataModule(ClassificationDataModule[Pixels]):
+    """Loaders of normalised images."""
+
+    def __init__(
+        self,
+        splits: Splits[Images],
+        spec: ImageSpec,
+        *,
+        batch_size: int = 32,
+        eval_batch_size: int = 64,
+        calibration_examples: int = 256,
+        augment: str = "none",
+        seed: int = 0,
+    ) -> None:
+        """``spec`` has mean and std; ``augment`` is one of `qtrain.images.AUGMENTS`."""
+        super().__init__(splits, batch_size, eval_batch_size, seed)
+        self.spec, self.augment, self.white = spec, augment, splits.train.white
+        self._train, self._validation, self._test = Pixels(splits.train), Pixels(splits.validation), Pixels(splits.test)
+        self._calibration = Pixels(splits.train.take(range(min(calibration_examples, len(splits.train)))))
+
+    def training(self, sampler: ResumableBatchSampler) -> Encoded:
+        """The training split, augmented where that is asked for."""
+        return self._train if self.augment == "none" else Augmented(self.splits.train, sampler)
+
+    def collate(self, items: tuple[Tensor, Tensor]) -> Batch:
+        """Normalise pixels [N, C, H, W]."""
+        pixels, labels = items
+        return {self.spec.input_name: normalised(pixels, self.white, self.spec)}, labels
+
+
+def encode(examples: Examples, tokenizer: Any, max_length: int) -> Tokens:
     """Tokenize ``examples``, cut to ``max_length`` tokens, without padding."""
     columns: dict[str, list[list[int]]] = {}
     cut = 0
@@ -220,7 +321,7 @@ def encode(examples: Examples, tokenizer: Any, max_length: int) -> Encoded:
         for name, values in encoded.items():
             columns.setdefault(name, []).extend(values)
         cut += sum(bool(e.overflowing) for e in encoded.encodings or ())
-    return Encoded(columns, examples.labels, cut)
+    return Tokens(columns, examples.labels, cut)
 
 
 def _progress(chunks: range, total: int) -> Any:

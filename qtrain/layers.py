@@ -1,91 +1,39 @@
 """Layers that compute on a grid: fake-quantized in training, integer codes afterwards.
 
-A quantizer swaps `nn.Linear` and `nn.Embedding` for the `Fake…` layer (same parameters, same names), trains or calibrates it, and
-swaps that for the `Quantized…` layer, which holds codes. Both compute the same function:
+A quantizer swaps `nn.Linear`, `nn.Embedding`, `nn.Conv1d` and `nn.Conv2d` for the `Fake…` layer (same parameters, same names), trains or
+calibrates it, and swaps that for the `Quantized…` layer, which holds codes (`qtrain/prepare.py`). Both compute the same function:
 
     y = linear(fake_activation(x), decode(encode(w)), b)
 
 so the swap changes no bit of any output (`convert == prepare`), and a test and every run check that it does not.
 
-Weights w_OI: O output features, I input features. Activations may be dynamic (the grid derives a scale from each input: per token, or
-per group along K) or static (an `Observer` tracks the range in training, the scale is then fixed, one per tensor).
+Weights w_OI: O output features, I input features; w_OIK: convolutions, K the kernel. Activations are in `qtrain/activations.py`.
+
+**Biases.** Integer kernels add the bias to the integer sums, so it must be an integer too: with a static activation of scale s_x on the edge
+before the layer (`source`), the bias is on the grid of int32 times s_x * s_w. Where a channel's weights are so small that its bias would
+leave int32, the weight's scale is raised until it fits (2^30 steps), in training as at convert. Layers without `source` add a float bias.
+
+**Batch-norms** directly behind a convolution belong to its weight: w * gamma / sqrt(var + eps). Post-training they are folded once
+(`fold_batch_norm`). In training `FakeConv` holds them: while their statistics move, the weight is folded with the *running* variance before
+it is rounded, the output is scaled back, and normalized by the batch (Krishnamoorthi 2018, arXiv 1806.08342, section 3.2.2); once they are
+frozen, and in evaluation, it is one convolution with folded weight and bias, as it will be deployed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtrain.activations import FakeActivation, QuantizedActivation
 from qtrain.grids.base import Grid, Params, QuantizedTensor, require_finite
 from qtrain.grids.ste import learned_step, straight_through
 
-
-class Observer(nn.Module):
-    """Tracks the range of an activation and holds the static parameters that follow from it.
-
-    The range is a moving average of each batch's minimum and maximum (Jacob et al. 2018, arXiv 1712.05877, section 3.1), with
-    `momentum` the weight of the new batch. The first 1/momentum batches are averaged evenly: else the first of them would be all that
-    a short calibration sees.
-    """
-
-    low: Tensor
-    high: Tensor
-    seen: Tensor
-
-    def __init__(self, grid: Grid, momentum: float = 0.01) -> None:
-        super().__init__()
-        self.grid = grid
-        self.momentum = momentum
-        self.frozen = False
-        """True once the range is fixed; training then leaves it alone."""
-        self.calibrating = False
-        """True while a calibration pass, in evaluation mode, is to be observed."""
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.zeros(()))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        """Fold the range of one batch in."""
-        if not x.numel():
-            return
-        low, high = x.detach().float().aminmax()
-        weight = max(self.momentum, 1.0 / (int(self.seen) + 1))
-        self.low.lerp_(low, weight)
-        self.high.lerp_(high, weight)
-        self.seen += 1
-
-    def params(self) -> Params:
-        """Scale (and zero point) for the range seen so far.
-
-        Raises:
-            ValueError: if no batch was seen.
-        """
-        if int(self.seen) == 0:
-            raise ValueError(
-                "a static activation grid has seen no data; train or calibrate before evaluating, or set quantizer.activation_range=dynamic"
-            )
-        return self.grid.choose(torch.stack([self.low, self.high]))
-
-
-class FakeActivation(nn.Module):
-    """Fake-quantizes an activation, dynamically or with an `Observer`."""
-
-    def __init__(self, grid: Grid, static: bool = False) -> None:
-        super().__init__()
-        self.grid = grid
-        self.observer = Observer(grid) if static else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape and dtype of ``x``."""
-        if self.observer is None:
-            return self.grid.fake(x)
-        if (self.training and not self.observer.frozen) or self.observer.calibrating:
-            self.observer.observe(x)
-        return self.grid.fake(x, self.observer.params())
+BIAS_STEPS = 2.0**30
+"""Largest magnitude of a bias, in steps of s_x * s_w; int32 has twice as many."""
 
 
 class FakeWeight(nn.Module):
@@ -126,10 +74,10 @@ class FakeWeight(nn.Module):
             return {"scale": self.grid.store(self.scale.detach())}  # type: ignore[attr-defined]
         return self.frozen
 
-    def forward(self, w: Tensor) -> Tensor:
-        """The fake-quantized weight: decode(encode(w)) to the bit."""
+    def forward(self, w: Tensor, params: Params | None = None) -> Tensor:
+        """The fake-quantized weight: decode(encode(w)) to the bit; on the scales ``params`` where given and not learned."""
         if self.scale is None:
-            return self.grid.fake(w, self.frozen)
+            return self.grid.fake(w, self.frozen if params is None else params)
         grid, stored = self.grid, self.params()
         assert stored is not None
         scale = straight_through(self.scale, stored["scale"], None).unsqueeze(-1)
@@ -145,46 +93,229 @@ class FakeWeight(nn.Module):
 
 
 class FakeLayer(nn.Module):
-    """What fake-quantized layers share: an on/off switch and how to become codes."""
+    """What fake-quantized layers share: an on/off switch, the weight and bias that the runtime will have, and how to become codes."""
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
     weight_fake: FakeWeight
     activation_fake: FakeActivation | None
     enabled: bool
     """False while training is to run in float (before `start_step`); evaluation is always on the grid."""
+    bypassed: bool
+    """True while the layer is to compute in float, whatever the mode (sensitivity analysis)."""
+
+    def _set_up(self, weight: Grid, activation: FakeActivation | None) -> None:
+        self.weight_fake = FakeWeight(weight)
+        self.activation_fake = activation
+        self.enabled, self.bypassed = True, False
+        self._source: list[FakeActivation] = []
+
+    @property
+    def source(self) -> FakeActivation | None:
+        """The static activation on the graph's edge before this layer; a list holds it, so that it is no submodule of two parents."""
+        return self._source[0] if self._source else None
+
+    def reads(self, activation: FakeActivation) -> None:
+        """Set `source` (no property setter: `nn.Module` would register a module that is assigned)."""
+        self._source = [activation]
 
     def quantize_now(self) -> bool:
-        return self.enabled or not self.training
+        return not self.bypassed and (self.enabled or not self.training)
 
-    def encode(self, name: str) -> QuantizedTensor:
-        """Integer codes of the weight.
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Float weight and bias, with whatever the runtime's layer has folded into them."""
+        return self.weight, self.bias
+
+    def on_grid(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as the runtime has them, differentiable."""
+        params, step = self._scales(w, b)
+        w = self.weight_fake(w, params)
+        if step is None or b is None:
+            return w, b
+        return w, straight_through(b, _round_bias(b.detach(), step).float() * step, None)
+
+    def encode(self, name: str) -> tuple[QuantizedTensor, Tensor | None, Tensor | None]:
+        """Integer codes of the weight; the bias, float32 [O]; and its codes, int32 [O], where it is on a grid.
 
         Raises:
             ValueError: if the weight is not finite, naming the module.
         """
-        require_finite(self.weight.detach(), f"the weight of {name}")
-        return self.weight_fake.grid.encode(self.weight.detach(), self.weight_fake.params())
+        w, b = (t if t is None else t.detach() for t in self.folded())
+        assert w is not None
+        require_finite(w, f"the weight of {name}")
+        params, step = self._scales(w, b)
+        q = self.weight_fake.grid.encode(w, self.weight_fake.params() if params is None else params)
+        if step is None or b is None:
+            return q, b, None
+        require_finite(b, f"the bias of {name}")
+        codes = _round_bias(b, step)
+        return q, codes.float() * step, codes
+
+    @torch.no_grad()
+    def _scales(self, w: Tensor, b: Tensor | None) -> tuple[Params | None, Tensor | None]:
+        """Weight scales raised for the bias, and the bias's step s_x * s_w [O]; None, None where the bias is not on a grid."""
+        known = self.source.static_params() if self.source is not None else None
+        if b is None or known is None or self.source is None or self.source.bypassed:
+            return None, None
+        learned = self.weight_fake.params()
+        params = dict(self.weight_fake.grid.choose(w.detach()) if learned is None else learned)
+        scale = params["scale"]
+        if scale.shape[-1] != 1 or scale.shape[0] not in (1, len(w)):  # groups along a row: integer sums have no one scale
+            return None, None
+        s_x = known["scale"].reshape(())
+        least = b.detach().abs().unsqueeze(-1) / (s_x * BIAS_STEPS)
+        least = least.amax().reshape(1, 1) if len(scale) == 1 else least
+        if self.weight_fake.scale is None:
+            params["scale"] = scale = torch.where(scale.abs() < least, torch.copysign(least, scale), scale)
+        return params, (s_x * scale).reshape(-1).expand(len(w))
+
+
+def _round_bias(b: Tensor, step: Tensor) -> Tensor:
+    limit = 2.0**31 - 128  # the largest float32 below 2^31
+    return (b / step).round().clamp(-limit, limit).to(torch.int32)
 
 
 class FakeLinear(nn.Linear, FakeLayer):
     """`nn.Linear` whose weight, and optionally input, are fake-quantized."""
 
-    def __init__(self, linear: nn.Linear, weight: Grid, activation: Grid | None = None, static: bool = False) -> None:
+    inverse_smoothing: Tensor | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
+
+    def __init__(self, linear: nn.Linear, weight: Grid, activation: FakeActivation | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.weight_fake = FakeWeight(weight)
-        self.activation_fake = FakeActivation(activation, static) if activation is not None else None
-        self.enabled = True
+        self.register_buffer("inverse_smoothing", getattr(linear, "inverse_smoothing", None))
+        self._set_up(weight, activation)
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
+        if self.inverse_smoothing is not None:
+            x = x * self.inverse_smoothing
         if not self.quantize_now():
             return F.linear(x, self.weight, self.bias)
         if self.activation_fake is not None:
             x = self.activation_fake(x)
-        return F.linear(x, self.weight_fake(self.weight), self.bias)
+        return F.linear(x, *self.on_grid(self.weight, self.bias))
+
+
+class SmoothedLinear(nn.Linear):
+    """A float `nn.Linear` that scales its input channels first: y = linear(x * inverse_smoothing, w, b) (`qtrain/smoothing.py`)."""
+
+    inverse_smoothing: Tensor
+
+    def __init__(self, linear: nn.Linear, inverse_smoothing: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.register_buffer("inverse_smoothing", inverse_smoothing)
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]."""
+        return F.linear(x * self.inverse_smoothing, self.weight, self.bias)
+
+
+class FakeConv(FakeLayer):
+    """`nn.Conv1d` or `nn.Conv2d` whose weight, and optionally input, are fake-quantized; may hold the batch-norm behind it."""
+
+    def __init__(
+        self,
+        conv: nn.Conv1d | nn.Conv2d,
+        weight: Grid,
+        activation: FakeActivation | None = None,
+        batch_norm: nn.modules.batchnorm._BatchNorm | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
+        self.geometry = Geometry.of(conv)
+        self.batch_norm = batch_norm
+        self.batch_norm_frozen = False
+        """True from the step on at which the batch-norm's statistics stay."""
+        self._set_up(weight, activation)
+        self.train(conv.training)
+
+    def train(self, mode: bool = True) -> FakeConv:
+        """As `nn.Module.train`; a frozen batch-norm stays in evaluation mode."""
+        super().train(mode)
+        if self.batch_norm is not None and self.batch_norm_frozen:
+            self.batch_norm.eval()
+        return self
+
+    def freeze_batch_norm(self) -> None:
+        """Keep the statistics that the batch-norm has now."""
+        self.batch_norm_frozen = True
+        self.train(self.training)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the one convolution that this layer is in evaluation."""
+        return (self.weight, self.bias) if self.batch_norm is None else fold(self.weight, self.bias, self.batch_norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, I, *spatial] -> [N, O, *spatial]."""
+        if not self.quantize_now():
+            y = self.geometry.convolve(x, self.weight, self.bias)
+            return y if self.batch_norm is None else self.batch_norm(y)
+        if self.activation_fake is not None:
+            x = self.activation_fake(x)
+        if self.batch_norm is None or not self.batch_norm.training:
+            return self.geometry.convolve(x, *self.on_grid(*self.folded()))
+        return self._with_batch_statistics(x, self.batch_norm)
+
+    def _with_batch_statistics(self, x: Tensor, batch_norm: Any) -> Tensor:
+        factor = _factor(batch_norm)
+        factor = torch.where(factor.abs() < 1e-12, torch.ones_like(factor), factor)  # a channel that is switched off
+        broadcast = (-1, *[1] * (self.weight.ndim - 1))
+        w, _ = self.on_grid(self.weight * factor.reshape(broadcast), None)
+        y = self.geometry.convolve(x, w, None) / factor.reshape(broadcast[:-1])
+        if self.bias is not None:
+            y = y + self.bias.reshape(broadcast[:-1])
+        return batch_norm(y)
+
+
+class Geometry:
+    """Where a convolution reads: stride, padding, dilation, groups."""
+
+    def __init__(self, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> None:
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+
+    @classmethod
+    def of(cls, conv: nn.Conv1d | nn.Conv2d) -> Geometry:
+        """Of a module.
+
+        Raises:
+            ValueError: for a padding that is not the same on both sides.
+        """
+        padding = conv.padding
+        if padding == "valid":
+            padding = (0,) * len(conv.kernel_size)
+        elif padding == "same":
+            total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+            if any(t % 2 for t in total):
+                raise ValueError(f"padding='same' of a kernel of {conv.kernel_size} is not symmetric")
+            padding = tuple(t // 2 for t in total)
+        return cls(tuple(conv.stride), tuple(padding), tuple(conv.dilation), conv.groups)  # type: ignore[arg-type]
+
+    def convolve(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """conv1d or conv2d by the shape of ``w``."""
+        convolution = F.conv1d if w.ndim == 3 else F.conv2d
+        return convolution(x, w, b, self.stride, self.padding, self.dilation, self.groups)
+
+
+def _factor(batch_norm: Any) -> Tensor:
+    """gamma / sqrt(running variance + eps), [O]."""
+    factor = torch.rsqrt(batch_norm.running_var + batch_norm.eps)
+    return factor if batch_norm.weight is None else factor * batch_norm.weight
+
+
+def fold(w: Tensor, b: Tensor | None, batch_norm: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one layer that computes batch_norm(layer(x)) in evaluation; w [O, …], b [O] or None."""
+    factor = _factor(batch_norm)
+    shift = -batch_norm.running_mean if b is None else b - batch_norm.running_mean
+    bias = shift * factor if batch_norm.bias is None else batch_norm.bias + shift * factor
+    return w * factor.reshape(-1, *[1] * (w.ndim - 1)), bias
 
 
 class FakeEmbedding(nn.Embedding, FakeLayer):
@@ -194,10 +325,8 @@ class FakeEmbedding(nn.Embedding, FakeLayer):
         nn.Module.__init__(self)
         for name in ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"):
             setattr(self, name, getattr(embedding, name))
-        self.weight = embedding.weight
-        self.weight_fake = FakeWeight(weight)
-        self.activation_fake = None
-        self.enabled = True
+        self.weight, self.bias = embedding.weight, None
+        self._set_up(weight, None)
         self.whole = getattr(weight, "granularity", "") == "tensor"
         self.train(embedding.training)
 
@@ -217,7 +346,7 @@ class QuantizedLayer(nn.Module):
 
     codes: Tensor
     kind: str
-    """"linear" or "embedding": what an exporter needs to know to write the codes."""
+    """"linear", "conv" or "embedding": what an exporter needs to know to write the codes."""
 
     def _store(self, q: QuantizedTensor) -> None:
         self.grid = q.grid
@@ -232,24 +361,73 @@ class QuantizedLayer(nn.Module):
         return QuantizedTensor(self.grid, self.codes, {n: getattr(self, n) for n in self.param_names})
 
 
-class QuantizedLinear(QuantizedLayer):
+class QuantizedProduct(QuantizedLayer):
+    """What a Linear and a convolution share: a bias, and the activation they read."""
+
+    bias: Tensor | None
+    """float32 [O]; equal to bias_codes * s_x * s_w where those are given."""
+    bias_codes: Tensor | None
+    """int32 [O], where `source` gives the bias a grid."""
+    activation_fake: FakeActivation | QuantizedActivation | None
+    """On the layer's own input; None where it is in float or quantized on the graph's edge."""
+
+    def __init__(
+        self,
+        q: QuantizedTensor,
+        bias: Tensor | None,
+        activation: FakeActivation | QuantizedActivation | None = None,
+        bias_codes: Tensor | None = None,
+        source: QuantizedActivation | None = None,
+    ) -> None:
+        super().__init__()
+        self._store(q)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        self.register_buffer("bias_codes", bias_codes)
+        self.activation_fake = activation
+        self._source = [source] if source is not None else []
+
+    @property
+    def source(self) -> QuantizedActivation | None:
+        """The static activation on the graph's edge before this layer."""
+        return self._source[0] if self._source else None
+
+
+class QuantizedLinear(QuantizedProduct):
     """A Linear that holds integer codes and computes what `FakeLinear` computed, bit for bit."""
 
     kind = "linear"
-    bias: Tensor | None
+    inverse_smoothing: Tensor | None
 
-    def __init__(self, q: QuantizedTensor, bias: Tensor | None, activation: FakeActivation | None = None) -> None:
-        super().__init__()
-        self._store(q)
+    def __init__(self, q: QuantizedTensor, bias: Tensor | None, *rest: Any, inverse_smoothing: Tensor | None = None, **named: Any) -> None:
+        super().__init__(q, bias, *rest, **named)
         self.out_features, self.in_features = q.shape
-        self.register_buffer("bias", None if bias is None else bias.detach())
-        self.activation_fake = activation
+        self.register_buffer("inverse_smoothing", inverse_smoothing)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
+        if self.inverse_smoothing is not None:
+            x = x * self.inverse_smoothing
         if self.activation_fake is not None:
             x = self.activation_fake(x)
         return F.linear(x, self.quantized.decode().to(x.dtype), self.bias)
+
+
+class QuantizedConv(QuantizedProduct):
+    """A convolution that holds integer codes [O, I / groups, *kernel] and computes what `FakeConv` computed in evaluation, bit for bit."""
+
+    kind = "conv"
+
+    def __init__(self, q: QuantizedTensor, bias: Tensor | None, geometry: Geometry, *rest: Any, **named: Any) -> None:
+        super().__init__(q, bias, *rest, **named)
+        self.geometry = geometry
+        self.stride, self.padding, self.dilation = geometry.stride, geometry.padding, geometry.dilation
+        self.groups = geometry.groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [N, I, *spatial] -> [N, O, *spatial]."""
+        if self.activation_fake is not None:
+            x = self.activation_fake(x)
+        return self.geometry.convolve(x, self.quantized.decode().to(x.dtype), self.bias)
 
 
 class QuantizedEmbedding(QuantizedLayer):
@@ -274,132 +452,16 @@ class QuantizedEmbedding(QuantizedLayer):
         return F.embedding(ids, q.decode().to(self.dtype))
 
 
-def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put ``layer`` where the module called ``name`` is, and wherever else that same module is (T5 holds its embedding three times)."""
-    old = model.get_submodule(name)
-    for parent in list(model.modules()):
-        for leaf, child in list(parent._modules.items()):
-            if child is old:
-                setattr(parent, leaf, layer)
-
-
 def fake_layers(model: nn.Module) -> Iterator[tuple[str, FakeLayer]]:
     """Names and fake-quantized layers, in module order."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, FakeLayer))
 
 
+def fake_activations(model: nn.Module) -> Iterator[tuple[str, FakeActivation]]:
+    """Names and fake-quantized activations, inside layers and on edges, in module order."""
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, FakeActivation))
+
+
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     """Names and converted layers, in module order."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLayer))
-
-
-def _unswappable(model: nn.Module) -> Callable[[nn.Module], str | None]:
-    """A function that says why a module cannot be swapped whatever its shape, or None if it can."""
-    fused: set[int] = set()
-    if torch.backends.mha.get_fastpath_enabled():
-        fused = {id(m) for e in model.modules() if isinstance(e, nn.TransformerEncoderLayer) for m in (e.linear1, e.linear2)}
-
-    def why(module: nn.Module) -> str | None:
-        base = nn.Embedding if isinstance(module, nn.Embedding) else nn.Linear
-        if type(module).forward is not base.forward:
-            return f"{type(module).__name__} has a forward of its own, which a fake-quantized {base.__name__} does not repeat"
-        if not isinstance(module.weight, nn.Parameter):
-            return "its weight is computed (a parametrization); remove it first, with torch.nn.utils.parametrize.remove_parametrizations"
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return "nn.MultiheadAttention reads its weight and never calls it"
-        if id(module) in fused:
-            return "nn.TransformerEncoderLayer reads its weight in evaluation, unless torch.backends.mha.set_fastpath_enabled(False)"
-        if getattr(module, "max_norm", None) is not None:
-            return "max_norm rewrites rows as they are looked up, which codes cannot follow"
-        if module is model:
-            return "it is the model itself; put it in an nn.Sequential"
-        return None
-
-    return why
-
-
-def prepare(
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    weight: Grid,
-    embedding: Grid | None = None,
-    activation: Grid | None = None,
-    static: bool = False,
-) -> list[str]:
-    """Swap ``modules`` of ``model`` for fake-quantized ones, in place.
-
-    Returns:
-        Names of those that were swapped; Embeddings stay in float where ``embedding`` is None.
-
-    Raises:
-        ValueError: naming every module whose shape, or whose inputs, do not fit the grid, or that computes in its own way.
-    """
-    swaps: dict[str, nn.Module] = {}
-    misfits = []
-    unswappable = _unswappable(model)
-    for name, module in modules.items():
-        is_embedding = isinstance(module, nn.Embedding)
-        grid = embedding if is_embedding else weight
-        if grid is None:
-            continue
-        why = unswappable(module) or grid.check_shape(tuple(module.weight.shape))  # type: ignore[arg-type]
-        if not why and activation is not None and not is_embedding:
-            inputs = activation.check_shape((1, int(module.in_features)))  # type: ignore[arg-type]
-            why = inputs and f"as the grid of its inputs, {inputs}"
-        if why:
-            misfits.append(f"{name}: {why}")
-        elif is_embedding:
-            swaps[name] = FakeEmbedding(module, grid)  # type: ignore[arg-type]
-        else:
-            swaps[name] = FakeLinear(module, grid, activation, static)  # type: ignore[arg-type]
-    if misfits:
-        shown = "\n  ".join(misfits[:5]) + (f"\n  and {len(misfits) - 5} more" if len(misfits) > 5 else "")
-        raise ValueError(
-            f"{len(misfits)} modules do not fit the grid:\n  {shown}\n"
-            f"or leave them in float: quantizer.keep_float=[{misfits[0].split(':')[0]}]"
-        )
-    for name, layer in swaps.items():
-        replace(model, name, layer)
-    return list(swaps)
-
-
-@torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
-    """Run ``batches`` (keyword inputs of ``model``) through it in evaluation mode, so that static activation ranges are known."""
-    observers = [m for m in model.modules() if isinstance(m, Observer)]
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    model.eval()
-    for observer in observers:
-        observer.calibrating = True
-    try:
-        for batch in batches:
-            model(**{name: value.to(device) for name, value in batch.items()})
-    finally:
-        for observer in observers:
-            observer.calibrating = False
-
-
-def convert(model: nn.Module) -> nn.Module:
-    """Swap every fake-quantized layer of ``model`` for one that holds codes, in place.
-
-    Raises:
-        ValueError: if a weight is not finite.
-    """
-    shared: dict[int, list[QuantizedTensor]] = {}  # tied weights stay one tensor, unless their grids or scales differ
-    for name, layer in list(fake_layers(model)):
-        q = layer.encode(name)
-        twins = shared.setdefault(id(layer.weight), [])
-        same = next((t for t in twins if _equal(t, q)), None)
-        if same is None:
-            twins.append(q)
-        q = same or q
-        if isinstance(layer, FakeLinear):
-            replace(model, name, QuantizedLinear(q, layer.bias, layer.activation_fake))
-        else:
-            replace(model, name, QuantizedEmbedding(q, layer.weight.dtype))
-    return model.eval()
-
-
-def _equal(a: QuantizedTensor, b: QuantizedTensor) -> bool:
-    same = a.grid == b.grid and a.params.keys() == b.params.keys() and torch.equal(a.codes, b.codes)
-    return same and all(torch.equal(a.params[n], b.params[n]) for n in a.params)

@@ -15,7 +15,8 @@ from torch import nn
 from qtrain import registry
 from qtrain.grids.affine import Affine
 from qtrain.grids.base import Grid
-from qtrain.layers import FakeActivation, QuantizedEmbedding, QuantizedLinear
+from qtrain.activations import FakeActivation
+from qtrain.layers import QuantizedEmbedding, QuantizedLinear
 
 START, END = "<!-- support matrix: python -m qtrain.matrix README.md -->", "<!-- end of support matrix -->"
 

@@ -15,6 +15,9 @@ from qtrain.console import console
 STAGES = {"float": "float", "ptq": "PTQ (rounded)", "qat": "QAT"}
 METRICS = {"accuracy": "accuracy", "loss": "loss", "perplexity": "perplexity", "agreement": "agreement with float", "kl": "KL to float"}
 SHARES = ("accuracy", "agreement")
+ANALYSIS_HEAD = ["layer", "weight grid", "SQNR of its output", "accuracy", "points lost", "agreement", "KL to float"]
+ANALYSIS_ROWS = 15
+"""How many of the most harmful layers are shown."""
 
 
 def columns(run: dict[str, Any]) -> list[dict[str, Any]]:
@@ -110,6 +113,7 @@ def html(run: dict[str, Any]) -> str:
         _table(head, rows),
         *(_receipt(entry) for entry in run["exports"]),
         _layers(run),
+        _analysis(run.get("analysis", [])),
         "<h2>Left in float</h2><p>" + (", ".join(map(escape, run["kept_float"])) or "nothing") + "</p>",
         "<h2>Fallbacks</h2>"
         + (_table(["what", "why"], [[f["name"], f["why"]] for f in run["fallbacks"]]) if run["fallbacks"] else "<p>none</p>"),
@@ -160,6 +164,22 @@ def _layers(run: dict[str, Any]) -> str:
         body.append("<tr>" + "".join(f"<td>{c}</td>" for c in [*cells, bar]) + "</tr>")
     head = "".join(f"<th>{h}</th>" for h in ("layer", "weight grid", "input", "shape", "SQNR"))
     return f"<h2>Layers on a grid</h2><div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+
+
+def analysis_cells(row: dict[str, Any]) -> list[str]:
+    """One layer of the sensitivity analysis as text, under `ANALYSIS_HEAD`."""
+    db, kl = row["sqnr_db"], row["kl"]
+    sqnr = f"{db:.1f} dB" if db is not None else "not finite" if kl is None else "exact"
+    accuracy, agreement = (_metric(key, row[key]) for key in SHARES)
+    return [row["name"], row["grid"], sqnr, accuracy, f"{100 * row['accuracy_drop']:.2f}", agreement, _number(kl, ".2e")]
+
+
+def _analysis(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    more = f"<p class='dim'>and {len(rows) - ANALYSIS_ROWS} more in run.json</p>" if len(rows) > ANALYSIS_ROWS else ""
+    table = _table(ANALYSIS_HEAD, [analysis_cells(row) for row in rows[:ANALYSIS_ROWS]])
+    return f"<h2>Each layer alone on its grid, the most harmful first</h2>{table}{more}"
 
 
 def _yaml(config: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -14,11 +13,10 @@ from qtrain import sweep
 from qtrain.config import Config
 from qtrain.console import console
 from qtrain.files import refuse_used
-from qtrain.layers import calibrate
 from qtrain.malloc import tune_malloc
 from qtrain.record import Record
 from qtrain.report import print_summary, write_html
-from qtrain.stages import convert, export, fit_stage, load, measure, preflight, validate
+from qtrain.stages import convert, export, fit_stage, load, measure, preflight, quantize, validate
 
 
 def run(config: Config, resolved: dict[str, Any], folder: Path) -> float:
@@ -53,17 +51,14 @@ def pipeline(config: Config, record: Record, folder: Path) -> float:
         float_logits = measure(setup, "float", float_model)
     scheme = config.quantizer
     with record.stage("ptq"):
-        model = copy.deepcopy(float_model)
-        record.data["kept_float"] = scheme.prepare(model, config.model.always_float(model))
-        if scheme.activation_range == "static":
-            calibrate(model, (inputs for inputs, _ in setup.data.calibration_dataloader()))
+        model = quantize(setup, float_model)
         logits = measure(setup, "ptq", model, float_logits)
     if scheme.trains:
         with record.stage("qat"):
             fit_stage(setup, "qat", model, scheme.fit, scheme.callbacks(), teacher=float_model)
             logits = measure(setup, "qat", model, float_logits)
     with record.stage("convert"):
-        model = convert(setup, model, logits, float_model)
+        model, logits = convert(setup, model, logits, float_model)
         record.data["validation"] = validate(setup, model)
     for name, exporter in config.export.items():
         with record.stage(f"export {name}"):

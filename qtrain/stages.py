@@ -9,16 +9,21 @@ from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
+from rich.progress import track
 from torch import Tensor, nn
 
 import qtrain
 from exporters.base import ExportJob, ReceiptFailed
 from qtrain.checkpoint import load_weights, save_model, tidy
+from qtrain.console import console
 from qtrain.evaluate import classification_metrics, compare_to_float, layer_table, predict, sizes
 from qtrain.fit import Fit, build, train
+from qtrain.layers import fake_layers
 from qtrain.malloc import release
 from qtrain.module import Module
+from qtrain.receipt import nmse
 from qtrain.record import Record
+from qtrain.sensitivity import analyze, keep_most_harmful, print_analysis
 
 
 @dataclass
@@ -38,8 +43,7 @@ class Setup:
 
 def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     """Data, model and device."""
-    tokenizer = config.model.tokenizer()
-    data = config.data.build(tokenizer, config.seed)
+    data = config.data.build(config.model.processor(), config.seed)
     model = config.model.build(len(data.label_names), config.seed, data.label_names)
     for note in data.notes:
         record.note(note)
@@ -57,11 +61,30 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
 
 def preflight(setup: Setup, model: nn.Module) -> None:
     """Find in seconds what would fail after minutes: patterns, shapes, and exporters that cannot hold the grids."""
-    scheme, trial = setup.config.quantizer, copy.deepcopy(model)
-    scheme.prepare(trial, setup.config.model.always_float(trial))
-    trial = scheme.convert(trial)
+    scheme, trial = copy.deepcopy(setup.config.quantizer), copy.deepcopy(model)
+    example = setup.data.example_inputs(2)
+    trial, _ = scheme.prepare(trial, setup.config.model.always_float(trial), example)
+    trial = scheme.convert(scheme.calibrate(trial, [example]))
     for exporter in setup.config.export.values():
         exporter.refuse(trial)
+
+
+def quantize(setup: Setup, float_model: nn.Module) -> nn.Module:
+    """Put a copy of ``float_model`` on the grid: transform, find out what to keep in float, prepare, calibrate."""
+    config, record = setup.config, setup.record
+    scheme, always = config.quantizer, config.model.always_float(float_model)
+    calibration = [inputs for inputs, _ in setup.data.calibration_dataloader()] if scheme.needs_data else []
+    model = scheme.transform(copy.deepcopy(float_model), calibration, always)
+    if config.analyze or scheme.automatic:
+        rows = analyze(scheme, model, always, calibration, list(setup.data.val_dataloader()), config.analyze_examples)
+        record.data["analysis"] = rows
+        print_analysis(rows)
+        always = [*always, *keep_most_harmful(rows, scheme.automatic, record)]
+    model, record.data["kept_float"] = scheme.prepare(model, always, setup.data.example_inputs(2))
+    for fallback in scheme.fallbacks:
+        record.fallback(fallback["name"], fallback["why"])
+    shown = track(calibration, description="calibrating", console=console, transient=True, disable=not console.is_terminal)
+    return scheme.calibrate(model, shown)
 
 
 def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: Any = (), teacher: nn.Module | None = None) -> None:
@@ -112,21 +135,24 @@ def validate(setup: Setup, model: nn.Module) -> dict[str, float]:
     return classification_metrics(logits, torch.cat([labels for _, labels in batches]))
 
 
-def convert(setup: Setup, model: nn.Module, logits: Tensor, float_model: nn.Module) -> nn.Module:
-    """Integer codes instead of fake-quant, and the proof that no bit of any logit changed."""
+def convert(setup: Setup, model: nn.Module, logits: Tensor, float_model: nn.Module) -> tuple[nn.Module, Tensor]:
+    """Integer codes instead of fake-quant, the proof that no bit of any logit changed, and the logits."""
+    scheme = setup.config.quantizer
     trained = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
-    model = setup.config.quantizer.convert(model).to(setup.device)
+    trained |= {f"{name}.weight": layer.folded()[0].detach() for name, layer in fake_layers(model)}
+    model = scheme.convert(model).to(setup.device)
     converted = predict(model, setup.batches, "convert == prepare")
-    if not torch.equal(converted, logits):
+    exact = torch.equal(converted, logits)
+    if not exact and scheme.exact:
         worst = float((converted - logits).abs().max())
         raise ValueError(
             f"the converted model is not the trained one: logits differ by up to {worst:.3g}. This is a defect of qtrain; please report it"
         )
-    setup.record.data["convert_equals_prepare"] = {"logits": converted.numel(), "bit_exact": True}
+    setup.record.data["convert_equals_prepare"] = {"logits": converted.numel(), "bit_exact": exact, "nmse": nmse(logits, converted)}
     setup.record.data["quantized"] = layer_table(model, trained)
     setup.record.data["size"] = sizes(model, float_model)
     save_model(setup.folder / "checkpoints" / "converted", model, config=setup.record.data["config"])
-    return model
+    return model, converted
 
 
 def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module, logits: Tensor, float_logits: Tensor) -> None:
@@ -139,7 +165,7 @@ def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module
     job = ExportJob(
         model=model.cpu(),
         float_model=float_model.cpu(),
-        example_inputs=config.model.example_inputs(2, 16, config.model.vocabulary(model)),
+        example_inputs=setup.data.example_inputs(2),
         batches=setup.batches,
         training_logits=logits,
         metrics=metrics,

@@ -7,6 +7,7 @@ A pattern that matches no module is an error (law 4), since it is a typing mista
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +25,8 @@ else:
 class Scheme:
     """Which modules go on which grids, and how they get there: the common part of every quantizer."""
 
+    exact: ClassVar[bool] = True
+    """Whether `convert` changes no bit of any output; where torch's own flow rounds anew at convert, the run reports by how much."""
     trains: ClassVar[bool] = False
     """Whether the run trains the prepared model; such a quantizer has a `fit: qtrain.fit.Fit` option."""
 
@@ -31,25 +34,41 @@ class Scheme:
         default_factory=lambda: ["_self_", {"/grid@weight": "affine"}, {"/grid@embedding": None}, {"/grid@activation": None}]
     )
     weight: Any = None
-    """Grid of Linear weights (`grid@quantizer.weight=NAME`; its options follow: quantizer.weight.bits=3)."""
+    """Grid of Linear and convolution weights (`grid@quantizer.weight=NAME`; its options follow: quantizer.weight.bits=3)."""
     embedding: Any = None
     """Grid of Embedding weights; null leaves embeddings in float."""
     activation: Any = None
-    """Grid of the inputs of Linear layers; null (the default) leaves them in float."""
+    """Grid of the inputs of layers (and, in convolutional networks, of additions and poolings); null (the default) leaves them in float."""
     activation_range: str = "dynamic"
-    """dynamic (scale from each input) or static (range tracked in training, then fixed)."""
+    """dynamic (scale from each input) or static (range found by calibration and in training, then fixed)."""
+    observer: str = "moving_average"
+    """How calibration finds a static range: minmax, moving_average (which goes on in training), percentile, histogram_mse, histogram_kl."""
+    percentile: float = 99.99
+    """Of observer=percentile: share of values inside the range, per cent."""
+    smoothquant: float | None = None
+    """Strength alpha, 0 to 1, with which outliers of activations move into weights first (Xiao et al. 2022); null for not at all."""
+    equalize: bool = False
+    """Equalize the ranges of consecutive convolutions first (Nagel et al. 2019); folds batch-norms."""
+    bias_correction: bool = False
+    """Correct biases for the mean error that rounding makes on the calibration data (Nagel et al. 2019)."""
     include: list[str] = field(default_factory=lambda: ["*"])
     """Patterns of modules to quantize."""
-    keep_float: list[str] = field(default_factory=list)
-    """Patterns of modules to leave in float, besides those that the model family keeps."""
+    keep_float: Any = field(default_factory=list)
+    """Patterns of modules to leave in float, besides those of the model family; `auto:N` among them (or alone) is the N most harmful."""
 
     def __post_init__(self) -> None:
+        self.fallbacks: list[dict[str, str]] = []
+        """What `prepare` could not do as asked: [{"name", "why"}]."""
+        self.keep_float = [self.keep_float] if isinstance(self.keep_float, str) else list(self.keep_float)
+        self.automatic = _automatic(self.keep_float)
+        """How many of the most harmful layers are to stay in float."""
+        self.keep_float = [pattern for pattern in self.keep_float if not pattern.startswith("auto:")]
         if self.activation_range not in ("dynamic", "static"):
             raise ValueError(f"quantizer.activation_range is {self.activation_range!r}; valid: dynamic, static")
         if self.activation is None and self.activation_range == "static":
             raise ValueError(
-                "quantizer.activation_range=static has no activation grid to fix; choose one: grid@quantizer.activation=affine "
-                "quantizer.activation.bits=8 quantizer.activation.granularity=tensor, or set quantizer.activation_range=dynamic"
+                "quantizer.activation_range=static has no activation grid to fix; choose one: grid@quantizer.activation=int8_activation, "
+                "or set quantizer.activation_range=dynamic"
             )
         granularity = getattr(self.activation, "granularity", "tensor")
         if self.activation is not None and self.activation_range == "static" and granularity != "tensor":
@@ -57,28 +76,110 @@ class Scheme:
                 f"a static activation range has one scale per tensor, given quantizer.activation.granularity={granularity}; "
                 "set quantizer.activation.granularity=tensor or quantizer.activation_range=dynamic"
             )
+        if self.observer not in OBSERVERS:
+            raise ValueError(f"quantizer.observer is {self.observer!r}; valid: {', '.join(OBSERVERS)}. Set quantizer.observer=minmax, say.")
+        if not 50 < self.percentile <= 100:
+            raise ValueError(
+                f"quantizer.percentile is {self.percentile}; it is above 50 and at most 100. Set quantizer.percentile=99.99, say."
+            )
+        if self.smoothquant is not None and not 0 <= self.smoothquant <= 1:
+            raise ValueError(f"quantizer.smoothquant is {self.smoothquant}; it is from 0 to 1. Set quantizer.smoothquant=0.5, or null.")
 
-    def prepare(self, model: nn.Module, keep_float: list[str]) -> list[str]:
-        """Fake-quantize ``model`` in place.
+    @property
+    def static(self) -> bool:
+        """Whether activations have static ranges."""
+        return self.activation is not None and self.activation_range == "static"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration data is read."""
+        return self.static or self.bias_correction or self.smoothquant is not None
+
+    def transform(self, model: nn.Module, calibration: list[dict[str, Any]], keep_float: list[str]) -> nn.Module:
+        """What is to happen to the float model first: smoothing, equalization. The result computes what ``model`` computed.
+
+        Args:
+            calibration: keyword inputs of ``model``.
+        """
+        if self.smoothquant is not None:
+            from qtrain.smoothing import smooth
+
+            chosen, _ = select(model, self.include, [*self.keep_float, *keep_float])
+            smooth(model, chosen, calibration, self.smoothquant)
+        if self.equalize:
+            from qtrain.equalization import equalize
+
+            model = equalize(model)
+        return model
+
+    def prepare(self, model: nn.Module, keep_float: list[str], example: dict[str, Any] | None = None) -> tuple[nn.Module, list[str]]:
+        """Fake-quantize ``model``, in place where it needs no graph.
 
         Args:
             keep_float: patterns of modules that the model's family keeps in float.
+            example: keyword inputs, for methods that trace with them.
 
         Returns:
-            Names of the Linear and Embedding modules left in float.
+            The prepared model, and the names of the Linear, Embedding and convolution modules left in float.
 
         Raises:
             ValueError: if a pattern matches nothing, or a module does not fit its grid.
         """
-        from qtrain.layers import prepare
+        from qtrain import graph
+        from qtrain.prepare import prepare
 
         chosen, kept = select(model, self.include, [*self.keep_float, *keep_float])
-        swapped = prepare(model, chosen, self.weight, self.embedding, self.activation, self.activation_range == "static")
-        return sorted([*kept, *(name for name in chosen if name not in swapped)])
+        observer = {"kind": self.observer, "percentile": self.percentile}
+        held: dict[str, Any] = {}
+        edges = False
+        if graph.has_convolutions(model):
+            try:
+                model = graph.trace(model)
+            except graph.Untraceable as error:
+                why = f"{error}. Batch-norms stay apart, and each layer quantizes its own input; additions and poolings run in float"
+                self.fallbacks.append({"name": type(model).__name__, "why": why})
+            else:
+                chosen = _called(model, chosen)
+                held = self._batch_norms(model, chosen)
+                edges = self.static
+        activation = None if edges else self.activation
+        grids = (self.weight, self.embedding, activation, self.static)
+        swapped = prepare(model, chosen, *grids, observer=observer, batch_norms=held)
+        if edges:
+            graph.put_on_edges(model, self.activation, observer)  # type: ignore[arg-type]
+        return model, sorted([*kept, *(name for name in chosen if name not in swapped)])
+
+    def _batch_norms(self, model: Any, chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """Fold batch-norms; where training is to move them, take them out of the graph for the convolutions to hold."""
+        from qtrain import graph
+
+        pairs = graph.batch_norms(model)
+        held = {n: b for n, b in pairs.items() if self.trains and n in chosen and isinstance(chosen[n], (torch.nn.Conv1d, torch.nn.Conv2d))}
+        graph.fold_batch_norms(model, {n: b for n, b in pairs.items() if n not in held})
+        modules = {n: model.get_submodule(b) for n, b in held.items()}
+        graph.remove_nodes(model, set(held.values()))
+        return modules
+
+    def calibrate(self, model: nn.Module, batches: Iterable[dict[str, Any]]) -> nn.Module:
+        """Find static ranges, and correct biases where asked; ``batches`` are keyword inputs of ``model``.
+
+        Raises:
+            ValueError: if there is no data, or an activation is not finite or constant, naming it.
+        """
+        if self.static or self.bias_correction:
+            from qtrain.activations import calibrate
+
+            batches = list(batches)
+            calibrate(model, batches)
+        if self.bias_correction:
+            from qtrain.equalization import correct_biases
+
+            correct_biases(model, batches)
+        return model
 
     def convert(self, model: nn.Module) -> nn.Module:
         """Integer codes instead of fake-quant, in place; changes no bit of any output."""
-        from qtrain.layers import convert
+        from qtrain.prepare import convert
 
         return convert(model)
 
@@ -87,19 +188,59 @@ class Scheme:
         return []
 
 
-def select(model: nn.Module, include: list[str], keep_float: list[str]) -> tuple[dict[str, nn.Module], list[str]]:
-    """The Linear and Embedding modules to quantize, by name, and the names of those kept in float.
+def _called(graph: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The chosen modules in the graph.
 
     Raises:
-        ValueError: if a pattern matches no Linear or Embedding, or nothing is left to quantize.
+        ValueError: if the model never calls one.
     """
-    candidates: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))}
+    present = dict(graph.named_modules())
+    unused = [name for name in chosen if name not in present]
+    if unused:
+        raise ValueError(
+            f"{len(unused)} modules are never called by the model, the first {unused[0]}, so there is nothing to quantize. Leave them in "
+            f"float: quantizer.keep_float=[{','.join(unused[:3])}]"
+        )
+    return {name: present[name] for name in chosen}
+
+
+OBSERVERS = ("minmax", "moving_average", "percentile", "histogram_mse", "histogram_kl")
+"""Collectors of `qtrain/observers.py`, which imports torch and so is not asked here."""
+
+
+def _automatic(patterns: list[str]) -> int:
+    """N of the pattern `auto:N`, or 0.
+
+    Raises:
+        ValueError: if N is no positive integer.
+    """
+    for pattern in patterns:
+        if pattern.startswith("auto:"):
+            count = pattern.removeprefix("auto:")
+            if not count.isdigit() or int(count) < 1:
+                raise ValueError(f"quantizer.keep_float has {pattern!r}; N of auto:N is a positive integer. Set quantizer.keep_float=auto:3, say.")
+            return int(count)
+    return 0
+
+
+def select(model: nn.Module, include: list[str], keep_float: list[str]) -> tuple[dict[str, nn.Module], list[str]]:
+    """The Linear, Embedding and convolution modules to quantize, by name, and the names of those kept in float.
+
+    Raises:
+        ValueError: if a pattern matches none of them, or nothing is left to quantize.
+    """
+    from qtrain.prepare import SWAPPABLE
+
+    candidates: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, SWAPPABLE)}
+    if not candidates:
+        raise ValueError(f"{type(model).__name__} has no Linear, Embedding or convolution, so there is nothing to quantize. Set model=NAME")
+    kinds = " and ".join(sorted({type(m).__name__ for m in candidates.values()}))
     for key, patterns in (("include", include), ("keep_float", keep_float)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in candidates):
                 close = difflib.get_close_matches(pattern, list(candidates), n=3, cutoff=0.3) or list(candidates)[:3]
                 raise ValueError(
-                    f"quantizer.{key} pattern {pattern!r} matches none of the {len(candidates)} Linear and Embedding modules; "
+                    f"quantizer.{key} pattern {pattern!r} matches none of the {len(candidates)} {kinds} modules; "
                     f"the nearest are {', '.join(close)}. Set quantizer.{key}=['{close[0] if close else '*'}'], say."
                 )
     kept = [n for n in candidates if _matches(n, keep_float)]

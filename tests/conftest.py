@@ -9,8 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from qtrain.vision import mend_torchvision
+
+mend_torchvision()  # before a test imports Lightning
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = ["good", "great", "fine", "lovely", "bright", "superb", "charming", "witty"]
@@ -82,6 +87,42 @@ def write_reviews(path: Path, count: int, seed: int) -> Path:
             draw.shuffle(words)
             writer.writerow([" ".join(words), label])
     return path
+
+
+def residual_cnn(seed: int = 0) -> Any:
+    """A small trained-looking CNN of one residual block: `pixel_values` [N, 3, H, W] -> logits [N, 4], in evaluation mode."""
+    import torch
+    from torch import nn
+
+    class Block(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+            self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+            self.relu1 = nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))) + x)
+
+    class Cnn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.block = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), Block(8)
+            self.pool, self.head = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 4)
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            x = self.block(torch.relu(self.norm(self.stem(pixel_values))))
+            return self.head(torch.flatten(self.pool(x), 1))
+
+    torch.manual_seed(seed)
+    model = Cnn()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.3, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    return model.eval()
 
 
 @pytest.fixture(scope="session")

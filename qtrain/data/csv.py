@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from qtrain.registry import register
-from qtrain.text import Rows, Splits, TextClassification, pick_rows
+from qtrain.splits import Splits
+from qtrain.text import Examples, Rows, TextClassification, pick_rows
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 TYPED = (".jsonl", ".parquet")
@@ -50,7 +51,7 @@ class Csv(TextClassification):
     quoting: bool | None = None
     """Whether fields may be enclosed in double quotes; null: yes in .csv, no in .tsv."""
 
-    def load(self) -> Splits:
+    def load(self) -> Splits[Examples]:
         """Read the files and split them.
 
         Raises:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qtrain.hub import from_hub
 from qtrain.registry import register
-from qtrain.text import Splits, TextClassification, from_hub, pick_rows
+from qtrain.splits import Splits
+from qtrain.text import Examples, TextClassification, pick_rows
 
 TASKS: dict[str, tuple[str, str | None]] = {
     "cola": ("sentence", None),
@@ -38,7 +40,7 @@ class Glue(TextClassification):
         if self.task not in TASKS:
             raise ValueError(f"data.task is {self.task!r}; valid: {', '.join(TASKS)}. Set data.task=sst2, say.")
 
-    def load(self) -> Splits:
+    def load(self) -> Splits[Examples]:
         """Download the task, or take it from the cache of `datasets`, and split it.
 
         Raises:

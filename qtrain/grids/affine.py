@@ -2,7 +2,7 @@
 
     code = clamp(round(w / scale) + zero_point, low, high)        value = (code - zero_point) * scale
 
-round is half-to-even; w / scale is w * (1 / scale) in float32, as torchao and onnxruntime compute it. Codes are signed,
+round is half-to-even; w / scale is w * (1 / scale) in float32, as torchao computes it, unless the rule says otherwise. Codes are signed,
 low = -2^(b-1) and high = 2^(b-1) - 1; a runtime with unsigned codes adds 2^(b-1) when it packs.
 
 The rule, how a scale follows from the values it covers, is part of the grid (absmax = the largest |w|, b = bits):
@@ -16,6 +16,8 @@ The rule, how a scale follows from the values it covers, is part of the grid (ab
     mse_minmax     least squared error           asymmetric: 27 shrinks of the minmax range
     absmax_mlas    absmax / 127, 8 bits          codes round(w * (127 / absmax)): MLAS's QuantizeARow_CompInt8, which onnxruntime's
                                                  MatMulNBits runs on activations at accuracy_level 4
+    minmax_onnx    as minmax, absmax_onnx as     codes round(w / scale), divided: ONNX's QuantizeLinear and DynamicQuantizeLinear, which every
+    absmax_onnx    absmax                        QDQ runtime runs on activations (TensorRT: absmax_onnx, since it has no zero points)
 
 A scale is rounded to `scale_dtype` before codes are chosen, and is at least that type's smallest positive number (smallest *normal* one
 for float32 and bfloat16), so all-zero and denormal groups decode to exact zeros and never divide by zero.
@@ -44,11 +46,13 @@ if TYPE_CHECKING:
 else:
     torch = lazy_import("torch")
 
-SYMMETRIC_RULES = ("absmax", "absmax_half", "signed_absmax", "mse", "absmax_mlas")
-ASYMMETRIC_RULES = ("minmax", "mse_minmax")
+SYMMETRIC_RULES = ("absmax", "absmax_half", "signed_absmax", "mse", "absmax_mlas", "absmax_onnx")
+ASYMMETRIC_RULES = ("minmax", "mse_minmax", "minmax_onnx")
+DIVIDES = ("minmax_onnx", "absmax_onnx")
+"""Rules whose codes are round(w / scale) with a division, not a product with 1 / scale: the two differ by one where they meet a half."""
 GRANULARITIES = ("tensor", "channel", "token", "group")
 SCALE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
-NEVER_CLIPS = ("absmax", "absmax_mlas")
+NEVER_CLIPS = ("absmax", "absmax_mlas", "absmax_onnx")
 CLIPS_ABOVE_ONLY = ("absmax_half", "signed_absmax")
 """w / scale stays above low - 0.5 even after the scale was rounded to bfloat16, so one comparison makes the mask."""
 
@@ -66,7 +70,7 @@ class Affine(Grid):
     bits: int = 4
     """Bits per code, 2 to 8."""
     rule: str = "absmax"
-    """How scales follow from values: absmax, absmax_half, signed_absmax, minmax, mse, mse_minmax, absmax_mlas."""
+    """How scales follow from values: absmax, absmax_half, signed_absmax, minmax, mse, mse_minmax, absmax_mlas, minmax_onnx, absmax_onnx."""
     granularity: str = "group"
     """Which values share a scale: tensor, channel (dim 0), token (all but the last dim), group (of group_size along the last dim)."""
     group_size: int = 32
@@ -212,7 +216,7 @@ class Affine(Grid):
     # -- internals ---------------------------------------------------------------------------------------------------
 
     def _pieces(self, x: Tensor, params: Params | None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        """Row slices of about `_PIECE` values with their scale, inverse scale and zero point, each [r, G, 1]."""
+        """Row slices of about `_PIECE` values with their scale, inverse scale (the scale itself where the rule divides), zero point: [r, G, 1]."""
         step = max(1, _PIECE // max(1, x[0].numel())) if len(x) else 1
         for start in range(0, max(len(x), 1), step):
             rows = slice(start, start + step)
@@ -220,12 +224,12 @@ class Affine(Grid):
                 scale, inverse, zero = self._choose(x[rows])
             else:
                 scale = params["scale"][rows].unsqueeze(-1)
-                inverse = 1.0 / scale
+                inverse = self._inverse(scale)
                 zero = params["zero_point"][rows].unsqueeze(-1).float() if "zero_point" in params else None
             yield rows, scale, inverse, zero
 
     def _round(self, x: Tensor, inverse: Tensor, zero: Tensor | None, out: Tensor | None = None) -> Tensor:
-        v = torch.mul(x, inverse, out=out).round_()
+        v = (torch.div if self.rule in DIVIDES else torch.mul)(x, inverse, out=out).round_()
         return v if zero is None else v.add_(zero)
 
     def _choose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -246,14 +250,14 @@ class Affine(Grid):
         if self.rule == "absmax_mlas":
             inverse = absmax.new_full((), self.high) / absmax  # `127 / tensor` would be tensor.reciprocal() * 127
             return scale, torch.where(torch.isfinite(inverse), inverse, 0.0), None  # zero rows, and absmax < 3.7e-37
-        return scale, 1.0 / scale, None
+        return scale, self._inverse(scale), None
 
     def _choose_asymmetric(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         lowest = x.amin(-1, keepdim=True).clamp_max_(0.0)
         highest = x.amax(-1, keepdim=True).clamp_min_(0.0)
-        if self.rule == "minmax":
+        if self.rule != "mse_minmax":
             scale = self.store(_divide(highest - lowest, self.high - self.low))
-            return scale, 1.0 / scale, self._zero_point(lowest, scale)
+            return scale, self._inverse(scale), self._zero_point(lowest, scale)
 
         def candidate(shrink: float) -> tuple[Tensor, Tensor]:
             scale = self.store(_divide((highest - lowest) * shrink, self.high - self.low))
@@ -262,6 +266,10 @@ class Affine(Grid):
         scale, zero = self._least_error(x, candidate)
         assert zero is not None
         return scale, 1.0 / scale, zero
+
+    def _inverse(self, scale: Tensor) -> Tensor:
+        """What `_round` multiplies by, or divides by."""
+        return scale if self.rule in DIVIDES else 1.0 / scale
 
     def _zero_point(self, lowest: Tensor, scale: Tensor) -> Tensor:
         return (self.low - (lowest / scale).round_()).clamp_(self.low, self.high)
@@ -321,6 +329,25 @@ class Affine(Grid):
     def _unview(self, x_RGS: Tensor, shape: tuple[int, ...]) -> Tensor:
         rows, per_row, _ = self._rows(shape)
         return x_RGS.reshape(rows, x_RGS.shape[1] * x_RGS.shape[2])[:, :per_row].reshape(shape)
+
+
+@register("grid", "int8")
+@dataclass
+class Int8(Affine):
+    """Preset: INT8, one scale per output channel, symmetric: what every INT8 runtime has for weights."""
+
+    bits: int = 8
+    granularity: str = "channel"
+
+
+@register("grid", "int8_activation")
+@dataclass
+class Int8Activation(Affine):
+    """Preset: INT8, one scale and zero point per tensor, rounded as ONNX's QuantizeLinear rounds: for activations."""
+
+    bits: int = 8
+    rule: str = "minmax_onnx"
+    granularity: str = "tensor"
 
 
 def _divide(x: Tensor, by: float) -> Tensor:

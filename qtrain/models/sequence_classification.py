@@ -71,6 +71,10 @@ class SequenceClassification:
     def __post_init__(self) -> None:
         self.new_parameters: list[str] = []
 
+    def processor(self) -> Any:
+        """What the model reads: its `tokenizer()`."""
+        return self.tokenizer()
+
     def tokenizer(self) -> Any:
         """The model's tokenizer, giving only the inputs that the model reads.
 

@@ -11,8 +11,12 @@ trained is what is packed, and convert() changes no bit. Options:
     learn_scale     scales become parameters (LSQ: Esser et al. 2020, arXiv 1902.08153), initialised by the grid's rule
     distill         the float model teaches: logit distillation (Hinton et al. 2015, arXiv 1503.02531) with a weight of its own
 
+Convolutions hold the batch-norm behind them (`qtrain/layers.py`), whose statistics move until `freeze_batch_norm_step`. Static activation
+ranges are calibrated first, follow the batches in training (observer=moving_average) and are fixed from `freeze_step` on; any other
+observer fixes them at calibration.
+
 Unlike torchao's QATConfig flow, which trains on absmax/7.5 whatever the runtime will use, the rule, the stored type of the scale and the
-grid of the activations are the deployment's. It does not fold batch-norms and does not touch convolutions.
+grid of the activations are the deployment's.
 """
 
 from __future__ import annotations
@@ -57,8 +61,10 @@ class Qat(Scheme):
     """Optimizer step from which training runs on the grid."""
     freeze_step: int | None = None
     """Optimizer step from which scales stay fixed; null for never."""
+    freeze_batch_norm_step: int | None = None
+    """Optimizer step from which batch-norm statistics stay fixed; null for freeze_step (0 trains with folded batch-norms)."""
     learn_scale: bool = False
-    """Train the scales of Linear weights too (LSQ)."""
+    """Train the scales of Linear and convolution weights too (LSQ)."""
     distill: Distill = field(default_factory=Distill)
     """Distillation from the float model."""
 
@@ -71,20 +77,27 @@ class Qat(Scheme):
                 f"start_step is {self.start_step} and freeze_step {self.freeze_step}; 0 <= start_step <= freeze_step. "
                 "Set quantizer.start_step=0 quantizer.freeze_step=null, say."
             )
+        late = self.freeze_step is not None and self.freeze_batch_norm_step is not None and self.freeze_batch_norm_step > self.freeze_step
+        if late or (self.freeze_batch_norm_step or 0) < 0:
+            raise ValueError(
+                f"freeze_batch_norm_step is {self.freeze_batch_norm_step} and freeze_step {self.freeze_step}; a batch-norm is part of the weight "
+                "whose scale is frozen, so 0 <= freeze_batch_norm_step <= freeze_step. Set quantizer.freeze_batch_norm_step=null, say."
+            )
 
-    def prepare(self, model: nn.Module, keep_float: list[str]) -> list[str]:
-        """See `Scheme.prepare`; with learn_scale, the scales of Linear weights become parameters."""
-        from qtrain.layers import FakeLinear, fake_layers
+    def prepare(self, model: nn.Module, keep_float: list[str], example: dict[str, Any] | None = None) -> tuple[nn.Module, list[str]]:
+        """See `Scheme.prepare`; with learn_scale, the scales of Linear and convolution weights become parameters."""
+        from qtrain.layers import FakeEmbedding, fake_layers
 
-        kept = super().prepare(model, keep_float)
+        model, kept = super().prepare(model, keep_float, example)
         if self.learn_scale:
             for _, layer in fake_layers(model):
-                if isinstance(layer, FakeLinear):  # an embedding's rows keep the rule: most rows have no gradient in most steps
-                    layer.weight_fake.learn_scale(layer.weight.detach())
-        return kept
+                if not isinstance(layer, FakeEmbedding):  # an embedding's rows keep the rule: most rows have no gradient in most steps
+                    layer.weight_fake.learn_scale(layer.folded()[0].detach())
+        return model, kept
 
     def callbacks(self) -> list[Any]:
         """The schedule of fake-quant."""
         from qtrain.callbacks import FakeQuantSchedule
 
-        return [FakeQuantSchedule(self.start_step, self.freeze_step)]
+        frozen = self.freeze_step if self.freeze_batch_norm_step is None else self.freeze_batch_norm_step
+        return [FakeQuantSchedule(self.start_step, self.freeze_step, frozen)]

@@ -57,7 +57,7 @@ class TorchaoQat(Scheme):
                 f"{grid.describe()}. Set quantizer.{key}.rule=absmax_half, or quantizer=qat for every other grid"
             )
 
-    def prepare(self, model: nn.Module, keep_float: list[str]) -> list[str]:
+    def prepare(self, model: nn.Module, keep_float: list[str], example: dict[str, Any] | None = None) -> tuple[nn.Module, list[str]]:
         """torchao's prepare step, on the selected modules; see `Scheme.prepare`."""
         from torchao.quantization import quantize_
         from torchao.quantization.qat import QATConfig
@@ -73,7 +73,7 @@ class TorchaoQat(Scheme):
                 if why:
                     raise ValueError(f"{name}: {why}, or quantizer.keep_float=[{name}]")
             quantize_(model, QATConfig(_base(grid), step="prepare"), filter_fn=lambda _, name, names=names: name in names)
-        return sorted(kept)
+        return model, sorted(kept)
 
     def convert(self, model: nn.Module) -> nn.Module:
         """torchao's convert step; its codes move into qtrain's layers."""
@@ -83,7 +83,7 @@ class TorchaoQat(Scheme):
         from torchao.quantization.qat.linear import FakeQuantizedLinear
 
         from qtrain.grids.base import require_finite
-        from qtrain.layers import replace
+        from qtrain.prepare import replace
 
         fakes = {n: m for n, m in model.named_modules() if isinstance(m, (FakeQuantizedLinear, FakeQuantizedEmbedding))}
         for name, module in fakes.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from exporters.base import ExportJob
 from qtrain.grids.base import Grid
-from qtrain.layers import convert, prepare
+from qtrain.prepare import convert, prepare
 from qtrain.targets import select
 
 VOCABULARY = 37

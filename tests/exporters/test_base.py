@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from exporters.base import Artefact, Exporter, ExportJob, Inputs, ReceiptFailed, packed_layers, staged
 from qtrain.grids.affine import Affine
-from qtrain.layers import prepare
+from qtrain.prepare import prepare
 from qtrain.receipt import Latency
 
 from .small import Small, batches, job, logits_of, quantized

@@ -19,7 +19,8 @@ from exporters.base import Artefact, ExportJob, ReceiptFailed, packed_layers
 from exporters.onnx import STORAGES, OnnxExport
 from qtrain import registry
 from qtrain.grids.affine import Affine
-from qtrain.layers import calibrate, prepare
+from qtrain.activations import calibrate
+from qtrain.prepare import prepare
 from qtrain.receipt import nmse
 
 from .small import Small, batches, job, logits_of, quantized
@@ -221,7 +222,7 @@ def test_a_static_range_is_refused() -> None:
     model = Small().eval()
     prepare(model, {"inner": model.inner}, Affine(), None, Affine(bits=8, granularity="tensor"), static=True)
     calibrate(model, [inputs for inputs, _ in batches()])
-    from qtrain.layers import convert
+    from qtrain.prepare import convert
 
     (message,) = OnnxExport().refusals(convert(model))
     assert "static" in message and "activation_range=dynamic" in message

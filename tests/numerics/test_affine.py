@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from qtrain.grids import affine
-from qtrain.grids.affine import ASYMMETRIC_RULES, GRANULARITIES, SCALE_BITS, SYMMETRIC_RULES, Affine
+from qtrain.grids.affine import ASYMMETRIC_RULES, GRANULARITIES, SCALE_BITS, SYMMETRIC_RULES, Affine, Int8, Int8Activation
 from qtrain.grids.base import from_spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -606,3 +606,79 @@ def test_absmax_mlas_is_what_onnxruntime_does_to_activations(block: int) -> None
     assert ((y - x.double() @ w.t()).abs() > 1e-4 * size)[rows].double().mean() > 0.5  # the quantization is no rounding noise
     other = grid.fake(x, grid.choose(x)).double()  # x * (1 / scale)
     assert ((y - other @ w.t()).abs() > 1e-5 * size)[12:].any()
+
+
+# -- the rounding of ONNX ----------------------------------------------------------------------------------------------------
+
+
+def onnx_codes(op: str, x: torch.Tensor, *inputs: np.ndarray) -> list[np.ndarray]:  # type: ignore[type-arg]
+    """What onnxruntime makes of ``x`` with one node."""
+    outputs = {"QuantizeLinear": ["y"], "DynamicQuantizeLinear": ["y", "scale", "zero"]}[op]
+    names = ["x", "s", "z"][: 1 + len(inputs)]
+    signed = bool(inputs) and inputs[1].dtype == np.int8
+    types = {"y": TensorProto.INT8 if signed else TensorProto.UINT8, "scale": TensorProto.FLOAT, "zero": TensorProto.UINT8}
+    graph = helper.make_graph(
+        [helper.make_node(op, names, outputs)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
+        [helper.make_tensor_value_info(o, types[o], None) for o in outputs],
+        [onnx.numpy_helper.from_array(v, n) for n, v in zip(names[1:], inputs, strict=True)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+
+
+def inputs_of_all_kinds() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(64, 37, generator=generator)
+    return [
+        normal,
+        normal.abs(),
+        -normal.abs(),
+        normal**5,
+        normal + 7,
+        torch.zeros(3, 4),
+        torch.full((3, 4), 2.5),
+        torch.arange(-300, 300) * 0.5,
+        normal * 1e-20,
+        normal * 1e20,
+    ]
+
+
+@pytest.mark.parametrize("x", inputs_of_all_kinds(), ids=range(10))
+def test_minmax_onnx_is_dynamic_quantize_linear_to_the_bit(x: torch.Tensor) -> None:
+    q = Affine(8, "minmax_onnx", "tensor").encode(x)
+    codes, scale, zero = onnx_codes("DynamicQuantizeLinear", x)
+    assert np.array_equal(codes.astype(np.int16) - 128, q.codes.numpy())
+    assert int(zero) - 128 == int(q.params["zero_point"])
+    assert float(scale) == float(q.params["scale"]) or not x.any()  # all zero: any scale, the values are 0
+
+
+@pytest.mark.parametrize("x", inputs_of_all_kinds(), ids=range(10))
+@pytest.mark.parametrize("rule", ["minmax_onnx", "absmax_onnx"])
+def test_static_codes_are_quantize_linear_to_the_bit(x: torch.Tensor, rule: str) -> None:
+    grid = Affine(8, rule, "tensor")
+    params = grid.choose(x * 0.7)  # some values clip
+    halves = (torch.arange(-400, 400) + 0.5) * params["scale"].reshape(())
+    for values in (x, halves):
+        q = grid.encode(values, params)
+        zero = params.get("zero_point", torch.zeros(1, 1, dtype=torch.int8)).reshape(()).numpy()
+        codes = onnx_codes("QuantizeLinear", values, params["scale"].reshape(()).numpy(), zero)[0]
+        if float(params["scale"]) > 1e-30:
+            assert np.array_equal(codes, q.codes.numpy())
+        assert torch.equal(grid.fake(values, params), q.decode())
+
+
+def test_dividing_and_multiplying_by_the_inverse_are_two_grids() -> None:
+    """Why the rules exist: on the same scale, a few values in a hundred thousand get another code."""
+    x = torch.randn(400_000, generator=torch.Generator().manual_seed(3))
+    divides, multiplies = Affine(8, "minmax_onnx", "tensor"), Affine(8, "minmax", "tensor")
+    params = divides.choose(x)
+    halves = (torch.randint(-100, 100, (400_000,), generator=torch.Generator().manual_seed(4)) + 0.5) * params["scale"].reshape(())
+    assert (divides.encode(halves, params).codes != multiplies.encode(halves, params).codes).any()
+
+
+def test_presets_are_the_grids_they_name() -> None:
+    assert (Int8().bits, Int8().rule, Int8().granularity) == (8, "absmax", "channel")
+    assert (Int8Activation().bits, Int8Activation().rule, Int8Activation().granularity) == (8, "minmax_onnx", "tensor")
+    assert Int8(bits=7).spec()["grid"] == "int8" and from_spec(Int8(bits=7).spec()) == Int8(bits=7)

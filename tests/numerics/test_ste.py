@@ -7,7 +7,8 @@ from torch import Tensor
 from qtrain.grids.affine import ASYMMETRIC_RULES, NEVER_CLIPS, SYMMETRIC_RULES, Affine
 from qtrain.grids.base import Params
 from qtrain.grids.ste import learned_step, straight_through
-from qtrain.layers import FakeLinear, FakeWeight, convert
+from qtrain.layers import FakeLinear, FakeWeight
+from qtrain.prepare import convert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,7 +53,7 @@ def test_the_gradient_passes_where_the_rounded_code_is_on_the_grid(rule: str) ->
     assert decided.all() or (rule == "absmax_half" and decided.double().mean() > 0.95)
     if rule in NEVER_CLIPS:
         assert (gradient != 0).all()
-    elif rule != "minmax":  # which clips at most where the zero point rounds
+    elif rule not in ("minmax", "minmax_onnx"):  # which clips at most where the zero point rounds
         assert (gradient == 0).any() and inside.double().mean() > 0.8
 
 

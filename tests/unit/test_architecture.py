@@ -11,12 +11,12 @@ from qtrain import matrix
 from tests.conftest import ROOT
 
 SOURCES = sorted([*(ROOT / "qtrain").rglob("*.py"), *(ROOT / "exporters").rglob("*.py")])
-COMMON = {"grids", "layers", "targets", "registry", "lazy", "fit", "callbacks", "console"}
+COMMON = {"grids", "activations", "layers", "prepare", "graph", "targets", "registry", "lazy", "fit", "callbacks", "console"}
 ALLOWED = {
     "qtrain/grids": {"grids", "registry", "lazy"},
     "qtrain/quantizers": COMMON,
-    "qtrain/models": COMMON | {"samples", "models"},
-    "qtrain/data": COMMON | {"samples", "text", "datamodule"},
+    "qtrain/models": COMMON | {"samples", "models", "images", "image_models", "vision", "resnet"},
+    "qtrain/data": COMMON | {"samples", "text", "images", "splits", "hub", "datamodule"},
     "exporters": {"grids", "receipt", "registry", "lazy", "__init__"},
 }
 

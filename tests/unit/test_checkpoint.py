@@ -14,7 +14,8 @@ from torch import nn
 
 from qtrain import checkpoint
 from qtrain.grids.affine import Affine
-from qtrain.layers import convert, fake_layers, prepare
+from qtrain.layers import fake_layers
+from qtrain.prepare import convert, prepare
 
 
 def small_model() -> nn.Module:
@@ -81,6 +82,8 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_nothing_half_written(tmp_path:
     program = (
         "import resource, signal, sys, torch\n"
         "from pathlib import Path\n"
+        "from qtrain.vision import mend_torchvision\n"
+        "mend_torchvision()\n"
         "from qtrain import checkpoint\n"
         "folder = Path(sys.argv[1])\n"
         "checkpoint.save(folder, {'w': torch.ones(10)})\n"

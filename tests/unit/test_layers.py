@@ -12,20 +12,9 @@ from torch import Tensor, nn
 
 from qtrain import layers
 from qtrain.grids.affine import ASYMMETRIC_RULES, SYMMETRIC_RULES, Affine
-from qtrain.layers import (
-    FakeActivation,
-    FakeEmbedding,
-    FakeLayer,
-    FakeLinear,
-    Observer,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    calibrate,
-    convert,
-    fake_layers,
-    prepare,
-    quantized_layers,
-)
+from qtrain.activations import FakeActivation, Observer, calibrate
+from qtrain.layers import FakeEmbedding, FakeLayer, FakeLinear, QuantizedEmbedding, QuantizedLinear, fake_layers, quantized_layers
+from qtrain.prepare import convert, prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,7 +137,7 @@ def test_convert_changes_no_bit_after_calibration(rule: str) -> None:
         model(ids())
     calibrate(model, ({"ids": ids(s)} for s in range(5)))
     observers = [m for m in model.modules() if isinstance(m, Observer)]
-    assert len(observers) == 3 and all(int(o.seen) == 5 and not o.calibrating for o in observers)
+    assert len(observers) == 3 and all(int(o.seen) == 5 and o.collector is None for o in observers)
     before = copy.deepcopy(model.state_dict())
     model(ids(7) * 0)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # evaluation does not move a range
@@ -176,8 +165,8 @@ def test_no_ids_give_no_rows_before_and_after() -> None:
         fake = FakeEmbedding(embedding, Affine(4, granularity=granularity))
         nothing = torch.zeros(2, 0, dtype=torch.int64)
         assert fake(nothing).shape == (2, 0, 32)
-        assert QuantizedEmbedding(fake.encode("e"))(nothing).shape == (2, 0, 32)
-        assert fake(torch.tensor(3)).shape == QuantizedEmbedding(fake.encode("e"))(torch.tensor(3)).shape == (32,)
+        assert QuantizedEmbedding(fake.encode("e")[0])(nothing).shape == (2, 0, 32)
+        assert fake(torch.tensor(3)).shape == QuantizedEmbedding(fake.encode("e")[0])(torch.tensor(3)).shape == (32,)
 
 
 # -- tied weights and shared modules ---------------------------------------------------------------------------------------
@@ -434,7 +423,8 @@ def test_a_short_calibration_weighs_its_batches_evenly_and_a_long_one_by_momentu
 
 
 def test_static_scales_follow_from_the_range_and_clip_beyond_it() -> None:
-    fake = FakeActivation(Affine(8, "minmax", "tensor"), static=True)
+    grid = Affine(8, "minmax", "tensor")
+    fake = FakeActivation(grid, Observer(grid))
     fake.train()(torch.tensor([[-1.0, 3.0]]))
     assert fake.observer is not None
     scale, zero = (fake.observer.params()[n] for n in ("scale", "zero_point"))
@@ -462,7 +452,7 @@ def test_a_calibration_that_fails_does_not_go_on_calibrating() -> None:
     model = prepared("absmax", *ACTIVATIONS["static"])
     with pytest.raises(IndexError):
         calibrate(model, [{"ids": ids()}, {"ids": torch.tensor([[400]])}])
-    assert not any(m.calibrating for m in model.modules() if isinstance(m, Observer))
+    assert all(m.collector is None for m in model.modules() if isinstance(m, Observer))
 
 
 # -- what converted layers hold --------------------------------------------------------------------------------------------
@@ -487,7 +477,7 @@ def test_converted_layers_hold_codes_and_the_state_dict_restores_them() -> None:
 def test_a_fake_linear_computes_linear_of_the_fake_weight_and_input() -> None:
     linear = nn.Linear(64, 16)
     weight, activation = Affine(4, "mse"), Affine(8, "absmax_mlas")
-    layer = FakeLinear(linear, weight, activation)
+    layer = FakeLinear(linear, weight, FakeActivation(activation))
     x = torch.randn(3, 5, 64, requires_grad=True)
     y = layer(x)
     want = F.linear(activation.encode(x).decode(), weight.encode(linear.weight).decode(), linear.bias)

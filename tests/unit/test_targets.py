@@ -72,13 +72,14 @@ def test_an_unmatched_pattern_raises_with_near_names_and_the_key_to_set() -> Non
 def test_nothing_left_to_quantize_raises() -> None:
     with pytest.raises(ValueError, match=r"leaves nothing to quantize.*quantizer\.keep_float="):
         select(Model(), ["head"], ["head"])
-    with pytest.raises(ValueError, match="none of the 0 Linear and Embedding modules"):
+    with pytest.raises(ValueError, match="has no Linear, Embedding or convolution"):
         select(nn.Sequential(nn.ReLU()), ["*"], [])
 
 
 def test_a_scheme_prepares_what_it_selects_and_names_what_stays_in_float() -> None:
     model = Model()
-    kept = Scheme(weight=Affine(), include=["blocks.*", "embedding"], keep_float=["blocks.1.*"]).prepare(model, ["head"])
+    same, kept = Scheme(weight=Affine(), include=["blocks.*", "embedding"], keep_float=["blocks.1.*"]).prepare(model, ["head"])
+    assert same is model
     assert kept == sorted(["embedding", "head", LAYERS[2], LAYERS[3]])  # the embedding since it has no grid
     assert [n for n, m in model.named_modules() if isinstance(m, FakeLayer)] == LAYERS[:2]
     with pytest.raises(ValueError, match=r"keep_float pattern 'classifier'"):
@@ -88,7 +89,7 @@ def test_a_scheme_prepares_what_it_selects_and_names_what_stays_in_float() -> No
 def test_a_scheme_converts_what_it_prepared() -> None:
     model = Model()
     scheme = Scheme(weight=Affine(), embedding=Affine(8), activation=Affine(8, "absmax_mlas"))
-    assert scheme.prepare(model, []) == []
+    assert scheme.prepare(model, []) == (model, [])
     model.eval()
     before = model.head(model.embedding(torch.arange(10)))
     scheme.convert(model)

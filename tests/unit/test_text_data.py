@@ -15,20 +15,22 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from qtrain import text as text_module
 from qtrain.data.csv import Csv
 from qtrain.data.glue import Glue
 from qtrain.data.hub import Hub
 from qtrain.data.sample_reviews import SampleReviews
 from qtrain.datamodule import POOL, ResumableBatchSampler, TextDataModule
-from qtrain.text import Examples, Rows, Splits, TextClassification, stratified_order
+from qtrain.hub import from_hub
+from qtrain.images import ImageSpec
+from qtrain.splits import Splits, stratified_order
+from qtrain.text import Examples, Rows, TextClassification
 from tests.conftest import shared_data
 
 
 class Fixed(TextClassification):
     """Rows that a test gives."""
 
-    def load(self) -> Splits:
+    def load(self) -> Splits[Examples]:
         raise NotImplementedError
 
 
@@ -167,6 +169,11 @@ def test_bad_options_say_what_to_type(options: dict[str, Any], message: str) -> 
         Fixed(**options)
 
 
+def test_a_model_that_reads_images_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gives texts, and the model reads images. Set data=digits .*or model=sequence_classification"):
+        SampleReviews().build(ImageSpec(), seed=0)
+
+
 # --- files --------------------------------------------------------------------------------------------------------------------
 
 SENTENCES = ['"a', "it's a , b", "None", "NA", "null", "1", 'say "hi"', " spaced ", "naïve \x85 — 好", "nan", "x'", '"']
@@ -181,7 +188,7 @@ def write(path: Path, header: str, lines: list[str]) -> str:
     return str(path)
 
 
-def every_text(splits: Splits) -> list[str]:
+def every_text(splits: Splits[Examples]) -> list[str]:
     return sorted(splits.train.texts + splits.validation.texts + splits.test.texts)
 
 
@@ -378,7 +385,7 @@ def test_a_wrong_dataset_name_or_configuration_is_not_called_a_network_failure(h
         Hub(name="a/b").load()
     hub["value"] = ValueError("Config name is missing.\nPlease pick one")
     with pytest.raises(ValueError, match=r"cannot be loaded: Config name is missing.*data.config=NAME"):
-        text_module.from_hub("a/b", None)
+        from_hub("a/b", None)
 
 
 def test_the_sample_reviews_have_three_balanced_splits() -> None:
@@ -487,6 +494,12 @@ def test_loaders_leave_the_global_generator_alone() -> None:
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
         assert len(list(loader)) == len(loader)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_example_inputs_are_training_examples_again_from_the_start_where_they_are_fewer() -> None:
+    inputs = module(calibration_examples=3).example_inputs(5)
+    assert list(inputs) == ["input_ids", "attention_mask"]
+    assert inputs["input_ids"][:, 0].tolist() == [1, 2, 3, 1, 2]
 
 
 def test_padding_goes_where_the_tokenizer_says() -> None:

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from qtrain.callbacks import FakeQuantSchedule
 from qtrain.fit import Fit, resolve_precision, train
 from qtrain.grids.affine import Affine
-from qtrain.layers import FakeLinear, fake_layers, prepare
+from qtrain.layers import FakeLinear, fake_layers
+from qtrain.prepare import prepare
 from qtrain.module import Module, learning_rate_factor
 
 TRAINER = {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "precision": "32-true", "gradient_clip_val": 1.0}
