@@ -1,11 +1,12 @@
 """What an exporter is: something that packs codes, and proves in its runtime that the file computes what training computed.
 
-    refusals   which layers the runtime cannot hold, why, and the nearest that it can
-    write      the files, from integer codes and their parameters; never from float weights that have codes (law 1)
-    tensors    every packed tensor as the runtime decodes it, from the file read back from disk
-    products   what single layers make of a given input: the proof that activations are quantized as in training
-    logits     the runtime's logits on the test split
-    latency    milliseconds, side by side with the float model where there is one
+    refusals      which layers the runtime cannot hold, why, and the nearest that it can
+    write         the files, from integer codes and their parameters; never from float weights that have codes (law 1)
+    tensors       every packed tensor as the runtime decodes it, from the file read back from disk
+    activations   what single activations make of a given input: bit for bit what training's do
+    products      what single layers make of a given input: the proof that they compute with what they hold
+    logits        the runtime's logits on the test split
+    latency       milliseconds, side by side with the float model where there is one
 
 `export` is common to all and puts these in order: it refuses before it writes; it writes into `.<target>.partial` beside the final
 folder; it makes the receipt; and only when that passes does the folder get its final name, with `receipt.json` inside (law 3). An
@@ -27,13 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from qtrain.lazy import lazy_import
-from qtrain.receipt import Latency, Receipt, Tolerances
+from qtrain.grids.base import QuantizedTensor
+from qtrain.receipt import Latency, Receipt, Tolerances, differing
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-    from qtrain.grids.base import QuantizedTensor
 else:
     torch = lazy_import("torch")
 
@@ -45,7 +45,11 @@ class PackedLayer(Protocol):
     """What an exporter reads from a converted layer."""
 
     kind: str
-    """"linear" (codes [O, I], optional `bias` [O] and `activation_fake`) or "embedding" (codes [V, D])."""
+    """"linear" (codes [O, I]), "conv" (codes [O, I / groups, *kernel], `stride`, `padding`, `dilation`, `groups`) or "embedding" (codes [V, D]).
+
+    The first two have an optional `bias` [O], `bias_codes` (int32 [O]: the bias in steps of s_x * s_w) where the activation before the layer is
+    static and stands on an edge (`source`), and `activation_fake`, where the layer quantizes its own input.
+    """
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -69,9 +73,9 @@ class ExportJob:
     folder: Path
     """Where artefacts go; the exporter makes `<folder>/<target>/`."""
     max_length: int
-    """Longest sequence that the model takes, tokens."""
+    """Longest sequence that the model takes, tokens; 0 for models that take none."""
     vocab_size: int
-    """Token ids are below this."""
+    """Token ids are below this; 0 for models that take none."""
     float_model: nn.Module | None = None
     """The model before quantization; where given, a float artefact is written and timed beside the quantized one."""
     metadata: dict[str, str] = field(default_factory=dict)
@@ -129,13 +133,32 @@ class Exporter(ABC):
 
     @abstractmethod
     def tensors(self, path: Path) -> Iterator[tuple[str, Tensor]]:
-        """Layer names and weights, float32 in the shape of the codes, decoded by the runtime from the file; one at a time (law 5)."""
+        """Names and values, float32, decoded by the runtime from the file; one at a time (law 5).
+
+        All those of `packed`, and no others.
+        """
+
+    def packed(self, model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+        """What the file must hold to the last bit: name -> a function that gives training's value, float32 on the CPU.
+
+        Here the weights, decoded, under their layer's name; an exporter whose file holds integer biases or static activations adds those
+        (`packed_biases`, `packed_activations`).
+        """
+        return packed_weights(model)
+
+    def activations(self, path: Path, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
+        """Activation names and their values on the grid, float32 as x, that the runtime computes for each x in ``inputs`` by the file.
+
+        An exporter leaves out those that its runtime quantizes only inside a product.
+        """
+        return iter(())
 
     @abstractmethod
     def products(self, path: Path, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
-        """Layer names and x @ weight.T [R, O] (no bias) computed by the runtime from the file, for each layer's x [R, I] in ``inputs``.
+        """Layer names and products (no bias) computed by the runtime from the file, for each layer's x in ``inputs``.
 
-        Called for layers whose activations are quantized, with x in float32: the runtime quantizes it.
+        Called for layers that quantize their own input, with x in float32 (the runtime quantizes it): [R, I] -> [R, O], or [N, I, *spatial] ->
+        [N, O, *spatial] for convolutions.
         """
 
     @abstractmethod
@@ -184,7 +207,8 @@ class Exporter(ABC):
         Raises:
             ValueError: if not, naming the layers.
         """
-        unconverted = [n for n, m in model.named_modules() if hasattr(m, "weight_fake")]
+        observed = {n for n, m in model.named_modules() if hasattr(m, "grid") and getattr(m, "observer", None) is not None}
+        unconverted = [n for n, m in model.named_modules() if hasattr(m, "weight_fake") or n in observed]
         if unconverted:
             raise ValueError(
                 f"{len(unconverted)} layers are still fake-quantized, the first {unconverted[0]}; "
@@ -199,20 +223,23 @@ class Exporter(ABC):
         refused = self.refusals(model)
         if refused:
             shown = "\n  ".join(refused[:5]) + (f"\n  and {len(refused) - 5} more" if len(refused) > 5 else "")
-            raise ValueError(f"export={self.registered_name} cannot hold {len(refused)} of {len(layers)} quantized layers:\n  {shown}")
+            count = len(layers) + len(standalone_activations(model))
+            raise ValueError(f"export={self.registered_name} cannot hold {len(refused)} of {count} quantized layers:\n  {shown}")
 
     def _receipt(self, job: ExportJob, artefact: Artefact) -> Receipt:
         receipt = Receipt(fused=artefact.fused, fallbacks=artefact.fallbacks)
         receipt.float_bytes = sum(f.stat().st_size for f in artefact.float_files) or None
-        layers = packed_layers(job.model)
+        expected = self.packed(job.model)
         for name, value in self.tensors(artefact.path):
-            if name in layers:
-                receipt.add_tensor(name, layers.pop(name).quantized.decode(), value)
+            if name in expected:
+                receipt.add_tensor(name, expected.pop(name)(), value)
             else:
                 receipt.failures.append(f"the file holds {name}, which is no quantized layer of the model")
-        for name, layer in layers.items():
-            receipt.add_tensor(name, layer.quantized.decode(), None)
-        self._check_activations(job, artefact, receipt)
+        for name, decode in expected.items():
+            receipt.add_tensor(name, decode(), None)
+        with torch.no_grad():
+            self._check_activations(job, artefact, receipt)
+            self._check_products(job, artefact, receipt)
         tolerances = self.tolerances.for_activations() if quantizes_activations(job.model) else self.tolerances
         logits = self.logits(artefact.path, job.batches)
         receipt.add_logits(job.training_logits, logits, tolerances)
@@ -224,14 +251,31 @@ class Exporter(ABC):
         return receipt
 
     def _check_activations(self, job: ExportJob, artefact: Artefact, receipt: Receipt) -> None:
-        layers = {n: layer for n, layer in packed_layers(job.model).items() if getattr(layer, "activation_fake", None) is not None}
+        """Each activation by itself, on values that a wrong scale, zero point or rounding would change: no bit may differ."""
+        modules = activation_modules(job.model)
+        inputs = {name: probe(module) for name, module in modules.items()}
+        for name, value in self.activations(artefact.path, inputs) if inputs else ():
+            device = next((t.device for t in modules[name].buffers()), torch.device("cpu"))
+            training = modules[name](inputs[name].to(device))
+            wrong = differing(training, value) if training.shape == value.shape else training.numel()
+            if wrong:
+                receipt.failures.append(
+                    f"activation {name} comes out differently in {wrong} of {training.numel()} values: "
+                    "this runtime does not round, clip or scale as training did"
+                )
+
+    def _check_products(self, job: ExportJob, artefact: Artefact, receipt: Receipt) -> None:
+        layers: dict[str, Any] = {n: m for n, m in packed_layers(job.model).items() if getattr(m, "activation_fake", None) is not None}
         generator = torch.Generator().manual_seed(0)
-        inputs = {n: torch.randn(8, layer.quantized.shape[1], generator=generator) for n, layer in layers.items()}
-        with torch.no_grad():
-            for name, product in self.products(artefact.path, inputs) if layers else ():
-                q = layers[name].quantized
-                x = layers[name].activation_fake(inputs[name].to(q.codes.device))  # type: ignore[attr-defined]
-                receipt.add_layer(name, torch.nn.functional.linear(x, q.decode()), product, self.tolerances)
+        inputs = {n: torch.randn(_input_shape(layer), generator=generator) for n, layer in layers.items()}
+        for name, product in self.products(artefact.path, inputs) if layers else ():
+            layer = layers[name]
+            x = inputs[name].to(layer.quantized.codes.device)
+            if getattr(layer, "inverse_smoothing", None) is not None:
+                x = x * layer.inverse_smoothing
+            x, w = layer.activation_fake(x), layer.quantized.decode()
+            training = layer.geometry.convolve(x, w, None) if layer.kind == "conv" else torch.nn.functional.linear(x, w)
+            receipt.add_layer(name, training, product, self.tolerances)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
@@ -239,9 +283,70 @@ def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     return {n: m for n, m in model.named_modules() if hasattr(m, "quantized") and hasattr(m, "kind")}  # type: ignore[misc]
 
 
+def activation_modules(model: nn.Module) -> dict[str, Any]:
+    """Activations on a grid by name, inside layers and on edges; those that are shared are listed under their first name."""
+    inside = {id(a) for layer in packed_layers(model).values() if (a := getattr(layer, "activation_fake", None)) is not None}
+    return {n: m for n, m in model.named_modules() if id(m) in inside or getattr(m, "kind", "") == "activation"}
+
+
+def standalone_activations(model: nn.Module) -> dict[str, Any]:
+    """Static activations on the edges of the model's graph, by name."""
+    inside = {id(a) for layer in packed_layers(model).values() if (a := getattr(layer, "activation_fake", None)) is not None}
+    return {n: m for n, m in activation_modules(model).items() if id(m) not in inside}
+
+
 def quantizes_activations(model: nn.Module) -> bool:
-    """Whether any converted layer quantizes its input."""
-    return any(getattr(layer, "activation_fake", None) is not None for layer in packed_layers(model).values())
+    """Whether any activation is on a grid."""
+    return bool(activation_modules(model))
+
+
+def packed_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """Layer name -> its decoded weight, in the shape of its codes."""
+    return {n: lambda layer=layer: layer.quantized.decode().cpu() for n, layer in packed_layers(model).items()}  # type: ignore[misc]
+
+
+def packed_biases(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """`<layer>.bias` -> its decoded int32 bias [O], for layers that have one."""
+    layers = {n: m for n, m in packed_layers(model).items() if getattr(m, "bias_codes", None) is not None}
+    return {f"{n}.bias": lambda layer=layer: layer.bias.float().cpu() for n, layer in layers.items()}  # type: ignore[misc]
+
+
+def packed_activations(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """Name of a static activation -> the values of all its codes, lowest first, which show its scale and its zero point."""
+    static = {n: m for n, m in activation_modules(model).items() if hasattr(m, "params")}
+    return {n: lambda module=module: code_values(module) for n, module in static.items()}  # type: ignore[misc]
+
+
+def code_values(activation: Any) -> Tensor:
+    """The values of all codes of a static activation with one scale, lowest code first: float32 [2^bits]."""
+    grid = activation.grid
+    params = {n: p.cpu() for n, p in activation.params.items()}
+    codes = torch.arange(-(2 ** (grid.code_bits - 1)), 2 ** (grid.code_bits - 1)).to(torch.int8)
+    return grid.decode(QuantizedTensor(grid, codes.unsqueeze(0), params))[0]
+
+
+def probe(activation: Any) -> Tensor:
+    """Values [8, K] that show whether another implementation of ``activation`` is the same function.
+
+    Random ones; and for a static activation zeros of both signs, halves between codes and values far outside the range.
+    """
+    generator = torch.Generator().manual_seed(0)
+    if not hasattr(activation, "params"):
+        return torch.randn(8, 256, generator=generator)
+    values = code_values(activation)
+    step = (values[1:] - values[:-1]).abs().amax()
+    ends = torch.tensor([0.0, -0.0, 1e30, -1e30, torch.finfo(torch.float32).tiny])
+    halves = values + 0.5 * step
+    x = torch.cat([torch.randn(779, generator=generator) * values.abs().amax(), values, halves, values - 0.5 * step, ends])
+    return x[: len(x) // 8 * 8].reshape(8, -1)
+
+
+def _input_shape(layer: Any) -> tuple[int, ...]:
+    """Of an input to try ``layer`` with: [8, I] or [2, I, 8, …]."""
+    shape = layer.quantized.shape
+    if layer.kind != "conv":
+        return (8, shape[1])
+    return (2, shape[1] * layer.groups, *(max(8, d * (k - 1) + 1) for k, d in zip(shape[2:], layer.dilation, strict=True)))
 
 
 @contextmanager

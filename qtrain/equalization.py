@@ -183,7 +183,7 @@ def correct_biases(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> li
         for group in track(groups, description="correcting biases", console=console, transient=True, disable=not console.is_terminal):
             means = _means(model, {name: layers[name] for name in group}, batches, calls)
             for name in group:
-                shift = (wanted[name] - means[name]).to(layers[name].weight.dtype)
+                shift = (wanted[name] - means[name] + _rounding(layers[name])).to(layers[name].weight.dtype)
                 _shift_bias(layers[name], shift)
                 rows.append({"name": name, "largest": float(shift.abs().max())})
     finally:
@@ -266,6 +266,13 @@ def _means(model: nn.Module, layers: Any, batches: list[dict[str, Tensor]], call
             except _Enough:
                 continue
     return {name: sums[name] / max(counts[name], 1) for name in layers}
+
+
+def _rounding(layer: FakeLayer) -> Tensor:
+    """What rounding adds to the bias now, in what was measured; the corrected bias is rounded anew."""
+    w, b = layer.folded()
+    rounded = layer.on_grid(w, b)[1]
+    return torch.zeros(()) if b is None or rounded is None else rounded - b
 
 
 def _shift_bias(layer: Any, shift: Tensor) -> None:

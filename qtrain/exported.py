@@ -36,6 +36,8 @@ _DROPOUTS = {aten.dropout.default: 2, aten.feature_dropout.default: 2, aten.alph
 """Operator -> position of its mode."""
 _NOTHING = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg)
 """Operators that check what was true when the model was traced, its device among other things."""
+_SCALARS = {aten.add.Tensor: aten.add.Scalar, aten.mul.Tensor: aten.mul.Scalar}
+"""For integers (positions) plus or times a number: XNNPACK's quantizer would make the number, and so the positions, float."""
 _ACTIVATIONS = {
     aten.relu.default: nn.ReLU,
     aten.relu6.default: nn.ReLU6,
@@ -138,12 +140,12 @@ def export(model: nn.Module, example: dict[str, Tensor], *, training: bool = Fal
     open_axes = {name: axes(x) for name, x in example.items()}
     model.train(training)
     try:
-        with _quiet():
+        with quiet():
             program = torch.export.export(model, (), kwargs=dict(example), dynamic_shapes=open_axes)
             graph = program.module(check_guards=False)
     except Exception as error:  # whatever the model's code, or torch's tracer, raises
         raise Untraceable(
-            f"torch.export cannot trace {type(model).__name__}: {_reason(error)}. Set quantizer={instead}, which swaps layers and needs no "
+            f"torch.export cannot trace {type(model).__name__}: {reason(error)}. Set quantizer={instead}, which swaps layers and needs no "
             "graph, or change that line"
         ) from error
     finally:
@@ -165,6 +167,8 @@ def _tidy(graph: fx.GraphModule) -> None:
         if node.op != "call_function":
             continue
         _out_of_place(node)
+        if node.target in _SCALARS and not isinstance(node.args[1], fx.Node) and not _is_float(node):
+            node.target = _SCALARS[node.target]
         if node.target in PRODUCTS:
             weight = node.args[1]
             owner = str(weight.target).removesuffix(".weight") if getattr(weight, "op", "") == "get_attr" else ""
@@ -207,6 +211,11 @@ def _as_module(node: fx.Node) -> None:
         node.meta["nn_module_stack"] = stack | {node.name: (f"{module_of(node)}.{node.name}", name)}
 
 
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 def module_of(node: fx.Node) -> str:
     """Name of the module whose code ran this operator."""
     stack = node.meta.get("nn_module_stack")
@@ -235,7 +244,7 @@ def _require_same(model: nn.Module, exported: Exported, example: dict[str, Tenso
         )
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """What torch complained about, and the line of the user's code where it did."""
     text = _first_line(error)
     package = str(Path(torch.__file__).parent)
@@ -268,8 +277,8 @@ def _set_argument(node: fx.Node, position: int, value: Any, name: str = "") -> b
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the tracer's advice off the terminal; errors still raise."""
+def quiet() -> Iterator[None]:
+    """Keep advice of torch's tracer and quantizers off the terminal; errors still raise."""
     level = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -130,7 +130,7 @@ class Lowering:
         self.graph.graph.eliminate_dead_code()
         self.graph.delete_all_unused_submodules()
         for node, product in self.products.items():
-            source = self.activations.get(self._origin(node.args[0])) if edges else None
+            source = None if node in inside else self.activations.get(self._origin(node.args[0]))
             node.target = self._place(str(node.target), self._layer(str(node.target), product, inside.get(node), source))
         self.graph.graph.lint()
         self.graph.recompile()
@@ -212,8 +212,9 @@ def lower_pt2e(graph: fx.GraphModule, rule: str = "minmax_onnx") -> tuple[Export
         ValueError: naming an operator whose weight torch quantized and no layer of qtrain can hold.
     """
     lowering = Lowering(graph, rule)
+    rounded = {node.args[1].args[0] for node in graph.graph.nodes if node.target in PRODUCTS and _is_dequantize(node.args[1])}
     for node in list(graph.graph.nodes):
-        if node.target == decomposed.quantize_per_tensor.default and not _is_weight(node.args[0]):
+        if node.target == decomposed.quantize_per_tensor.default and node not in rounded:
             value, scale, zero_point, low, high, _ = node.args
             assert high - low == 255, f"{node} has the codes {low} to {high}"
             on_grid = lowering.put_activation(node, value, scale, zero_point, low < 0)
@@ -234,6 +235,9 @@ def lower_pt2e(graph: fx.GraphModule, rule: str = "minmax_onnx") -> tuple[Export
     graph.graph.eliminate_dead_code()
     _refuse_rest(graph)
     lowering.finish()
+    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    for node in [n for n in order if n.op == "get_attr"]:  # so that modules come in the order in which they run
+        min(node.users, key=order.__getitem__).prepend(node)
     return _done(lowering, Exported(graph, graph.graph))
 
 
@@ -284,17 +288,19 @@ def _fx_product(lowering: Lowering, node: fx.Node) -> None:
         product.replace_all_uses_with(relu, delete_user_cb=lambda user: user is not relu)
 
 
-def _is_weight(node: Any) -> bool:
-    return node.op == "get_attr"
+def _is_dequantize(node: Any) -> bool:
+    return node.target in (decomposed.dequantize_per_channel.default, decomposed.dequantize_per_tensor.default)
 
 
 def _pt2e_weight(graph: fx.GraphModule, node: Any) -> Weight | None:
     """The weight that the dequantize operator ``node`` makes, or None where it is float."""
-    per_channel = node.target == decomposed.dequantize_per_channel.default
-    if not per_channel and node.target != decomposed.dequantize_per_tensor.default:
+    if not _is_dequantize(node):
         return None
+    per_channel = node.target == decomposed.dequantize_per_channel.default
     rounding = node.args[0]
     values, scale, zero_point, *rest = rounding.args
+    if values.op != "get_attr":  # torch folds a batch-norm only where its pattern fits
+        return None
     w = _attribute(graph, values)
     if per_channel:
         axis, low, high, dtype = rest

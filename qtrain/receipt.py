@@ -97,6 +97,8 @@ class Receipt:
     """Size of the float artefact beside it, bytes; None where there is none."""
     fused: dict[str, int] = field(default_factory=dict)
     """Fused operators in the written graph, by name."""
+    checks: dict[str, str] = field(default_factory=dict)
+    """Further checks by name: "passed: what it showed", "failed: why", or "not run: why"; never "passed" for what did not run."""
     failures: list[str] = field(default_factory=list)
     fallbacks: list[dict[str, str]] = field(default_factory=list)
     """[{"name", "why"}]: what was asked for and could not be done (law 4)."""

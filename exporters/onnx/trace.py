@@ -6,8 +6,8 @@ the module's name (`torch.onnx.ops.symbolic`). No code, scale or float copy of a
 the constant folder or the fusions, none of which could keep them as they are; `lower` puts them in last. The stand-ins are swapped in
 place and swapped back, whatever happens: a copy would hold the model twice.
 
-A Linear's bias is an addition of its own, which the fusions look for (bias + GELU, attention), unless it is on the int32 grid; a
-convolution's belongs to its node.
+A Linear's bias is an addition of its own, which the fusions look for (bias + GELU, attention); a convolution's belongs to its node, and so
+does `inverse_smoothing`.
 
 Fusions are onnxscript's for onnxruntime (`optimize_for_ort`): attention, bias + GELU, skip + layer norm. The last is taken apart again,
 into Sum and LayerNormalization: onnxruntime 1.31 computes SkipLayerNormalization row by row in scalar code, 2.5 times slower than the two
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from exporters.base import Inputs, edge_activations, packed_layers
+from exporters.base import Inputs, standalone_activations, packed_layers
 
 DOMAIN = "qtrain"
 """Of the opaque nodes; none is left in a file."""
@@ -47,8 +47,7 @@ class StandIn(nn.Module):
     def __init__(self, name: str, layer: Any) -> None:
         super().__init__()
         self.name, self.layer_kind = name, layer.kind
-        self.bias = layer.bias if layer.kind == "linear" and layer.bias_codes is None else None
-        self.smoothing = getattr(layer, "inverse_smoothing", None)
+        self.bias = getattr(layer, "bias", None) if layer.kind == "linear" else None
         if layer.kind == "conv":
             self.kernel = tuple(layer.quantized.shape[2:])
             self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
@@ -56,8 +55,6 @@ class StandIn(nn.Module):
             self.width = layer.quantized.shape[1 if layer.kind == "embedding" else 0]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.smoothing is not None:
-            x = x * self.smoothing
         op = f"{DOMAIN}::Packed{self.layer_kind.capitalize()}"
         y = torch.onnx.ops.symbolic(op, (x,), {"layer": self.name}, dtype=torch.float32, shape=self._shape(x), version=1)
         return y if self.bias is None else y + self.bias
@@ -168,7 +165,7 @@ def _tidy(model: ir.Model) -> ir.Model:
 
 @contextlib.contextmanager
 def _stand_ins(root: nn.Module, model: nn.Module) -> Iterator[None]:
-    names = {id(layer): name for name, layer in (*packed_layers(model).items(), *edge_activations(model).items())}
+    names = {id(layer): name for name, layer in (*packed_layers(model).items(), *standalone_activations(model).items())}
     swapped: list[tuple[nn.Module, str, nn.Module]] = []
     try:
         for parent in [m for m in root.modules() if id(m) not in names]:

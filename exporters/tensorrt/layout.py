@@ -2,7 +2,7 @@
 
     weights       DequantizeLinear(codes, scales) and nothing before it: TensorRT knows a quantized constant only there
         int8      2 to 8 bits in an int8 container, symmetric, scales > 0, one per tensor or per output channel (embeddings: per row)
-        int4      4 bits or fewer in groups of a Linear's inputs, float activations, blocks of 64 or 128: TensorRT's weight-only mode
+        int4      4 bits or fewer, of a Linear with float activations, in blocks of 64 or 128 inputs: TensorRT's weight-only mode
     activations   QuantizeLinear + DequantizeLinear, 8 bits, symmetric, static, one scale per tensor, codes round(x / scale)
     bias          float
 
@@ -51,24 +51,33 @@ def plan(layer: PackedLayer) -> Layout:
     activation = getattr(layer, "activation_fake", None)
     if activation is not None and (why := refused_activation(activation)):
         raise Refused(f"its input: {why}")
-    if not _grouped(layer, grid):
+    on_codes = activation is not None or getattr(layer, "source", None) is not None
+    grouped = _grouped(layer, grid)
+    block = _block(layer, grid) if layer.kind == "linear" and grid.bits <= 4 and not on_codes else 0
+    if block:
+        return Layout(4, block)
+    if not grouped:
         return Layout()
     if layer.kind != "linear":
         raise Refused(f"TensorRT has groups in the weights of Linears only; the nearest is {key}.granularity=channel")
     if grid.bits > 4:
         raise Refused(f"TensorRT has groups of 4-bit codes, not of {grid.bits}-bit ones; the nearest is {key}.granularity=channel")
-    if activation is not None or getattr(layer, "source", None) is not None:
+    if on_codes:
         raise Refused(
             f"TensorRT multiplies grouped weights with float activations only; the nearest is {key}.granularity=channel, "
             "or quantizer.activation=null"
         )
     columns = layer.quantized.shape[1]
-    block = next((b for b in BLOCKS if grid.group_size % b == 0 and columns % b == 0), None)
-    if block is None:
-        fits = next((b for b in reversed(BLOCKS) if columns % b == 0), None)
-        nearest = f"{key}.group_size={fits}" if fits else f"{key}.granularity=channel (64 does not divide rows of {columns})"
-        raise Refused(f"TensorRT's int4 blocks have 64 or 128 values, not {grid.group_size}; the nearest is {nearest}")
-    return Layout(4, block)
+    fits = next((b for b in reversed(BLOCKS) if columns % b == 0), None)
+    nearest = f"{key}.group_size={fits}" if fits else f"{key}.granularity=channel (64 does not divide rows of {columns})"
+    raise Refused(f"TensorRT's int4 blocks have 64 or 128 values, not {grid.group_size}; the nearest is {nearest}")
+
+
+def _block(layer: PackedLayer, grid: Affine) -> int:
+    """The largest int4 block that a Linear's scales are constant in, 0 if there is none."""
+    columns = layer.quantized.shape[1]
+    size = grid.group_size if _grouped(layer, grid) else columns
+    return next((b for b in BLOCKS if size % b == 0 and columns % b == 0), 0)
 
 
 def _grouped(layer: PackedLayer, grid: Affine) -> bool:

@@ -6,7 +6,7 @@
     embedding    Gather(DQ(codes int8 [V, D], scales [V], axis 0), ids): TensorRT gathers no int8, and compiles this to a gather of codes
     activation   x -> Q -> DQ
 
-Initializers are named after the layer, `<layer>.codes` and `<layer>.scales`, and `<activation>.scale`; a layer that the model calls twice
+Nodes are named after the layer, since TensorRT's logs name them, and so are initializers, `<layer>.codes` and `<layer>.scales`, and `<activation>.scale`; a layer that the model calls twice
 keeps one set. A scale of a grid whose values are all zero is the smallest number that its type has, which TensorRT takes.
 """
 
@@ -17,29 +17,30 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from exporters.onnx.build import int4 as int4_tensor
 from exporters.onnx.layout import block_params, signed_codes
-from exporters.onnx.lower import _int4 as int4_tensor
 from exporters.onnx.trace import DOMAIN
 from exporters.tensorrt.layout import Layout
+from exporters.tensorrt.precision import SMOOTHING
 
-FLOAT = int(ir.DataType.FLOAT)
 
-
-def lower(model: ir.Model, modules: dict[str, Any], layouts: dict[str, Layout]) -> None:
+def lower(model: ir.Model, layers: dict[str, Any], activations: dict[str, Any], layouts: dict[str, Layout]) -> None:
     """Replace every opaque node of ``model``, in place.
 
     Args:
-        modules: packed layers and standalone activations by name.
+        layers: packed layers by name.
+        activations: those inside layers and those that stand alone, by name.
         layouts: of the packed layers.
 
     Raises:
         ValueError: if the model never calls one of the layers.
     """
+    modules, names = {**layers, **activations}, {id(module): name for name, module in activations.items()}
     unused = dict.fromkeys(layouts)
     for node in [n for n in model.graph if n.domain == DOMAIN]:
         name = node.attributes["layer"].as_string()
         unused.pop(name, None)
-        _Lowering(model.graph, node, name, modules[name], layouts.get(name)).run()
+        _Lowering(model.graph, node, name, modules[name], layouts.get(name), names).run()
     if unused:
         raise ValueError(
             f"{len(unused)} quantized layers are not called by the model, the first {next(iter(unused))}; "
@@ -51,8 +52,9 @@ def lower(model: ir.Model, modules: dict[str, Any], layouts: dict[str, Layout]) 
 class _Lowering:
     """The replacement of one opaque node."""
 
-    def __init__(self, graph: ir.Graph, node: ir.Node, name: str, module: Any, layout: Layout | None) -> None:
+    def __init__(self, graph: ir.Graph, node: ir.Node, name: str, module: Any, layout: Layout | None, activations: dict[int, str]) -> None:
         self.graph, self.node, self.name, self.module, self.layout = graph, node, name, module, layout
+        self.activations = activations
         self.new: list[ir.Node] = []
 
     def run(self) -> None:
@@ -71,9 +73,9 @@ class _Lowering:
     def _linear(self, x: Any) -> ir.Value:
         smoothing = getattr(self.module, "inverse_smoothing", None)
         if smoothing is not None:
-            x = self._op("Mul", x, self._initializer(f"{self.name}.inverse_smoothing", lambda: _array(smoothing)))
+            x = self._op("Mul", x, self._initializer(f"{self.name}{SMOOTHING}", lambda: _array(smoothing)))
         x = self._quantized_input(x)
-        return self._op("MatMul", x, self._weight())
+        return self._op("MatMul", x, self._weight(), name=self.name)
 
     def _conv(self, x: Any) -> ir.Value:
         layer = self.module
@@ -82,22 +84,23 @@ class _Lowering:
         pads = [*layer.padding, *layer.padding]
         attributes = {"kernel_shape": list(layer.quantized.shape[2:]), "strides": list(layer.stride), "pads": pads}
         attributes |= {"dilations": list(layer.dilation), "group": layer.groups}
-        return self._op("Conv", x, self._weight(), *([] if bias is None else [bias]), **attributes)
+        return self._op("Conv", x, self._weight(), *([] if bias is None else [bias]), name=self.name, **attributes)
 
     def _embedding(self, ids: Any) -> ir.Value:
-        return self._op("Gather", self._weight(), ids, axis=0)
+        return self._op("Gather", self._weight(), ids, name=self.name, axis=0)
 
     def _activation(self, x: Any) -> ir.Value:
         return self._on_grid(x, self.module, self.name)
 
     def _quantized_input(self, x: Any) -> Any:
         activation = getattr(self.module, "activation_fake", None)
-        return x if activation is None else self._on_grid(x, activation, f"{self.name}.activation")
+        return x if activation is None else self._on_grid(x, activation, self.activations[id(activation)])
 
     def _on_grid(self, x: Any, activation: Any, name: str) -> ir.Value:
         scale = self._initializer(f"{name}.scale", lambda: _array(activation.params["scale"]).reshape(()))
         zero = self._initializer(f"{name}.zero_point", lambda: np.zeros((), np.int8))
-        return self._op("DequantizeLinear", self._op("QuantizeLinear", x, scale, zero), scale, zero)
+        codes = self._op("QuantizeLinear", x, scale, zero, name=f"{name}.quantize")
+        return self._op("DequantizeLinear", codes, scale, zero, name=f"{name}.dequantize")
 
     def _weight(self) -> ir.Value:
         """The value `<layer>.weight`, made on the first call of the layer."""
@@ -115,7 +118,7 @@ class _Lowering:
             codes = self._initializer(f"{self.name}.codes", lambda: signed_codes(q).T if linear else signed_codes(q))
             scales = self._initializer(f"{self.name}.scales", lambda: _vector(q.params["scale"]))
             attributes = {"axis": 1 if linear else 0}
-        weight = self._op("DequantizeLinear", codes, scales, **attributes)
+        weight = self._op("DequantizeLinear", codes, scales, name=f"{self.name}.dequantize", **attributes)
         weight.name = f"{self.name}.weight"
         return weight
 
@@ -127,8 +130,8 @@ class _Lowering:
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
-    def _op(self, op: str, *inputs: Any, **attributes: Any) -> ir.Value:
-        node = ir.node(op, list(inputs), attributes)
+    def _op(self, op: str, *inputs: Any, name: str | None = None, **attributes: Any) -> ir.Value:
+        node = ir.node(op, list(inputs), attributes, name=name)
         self.new.append(node)
         return node.outputs[0]
 

@@ -3,7 +3,7 @@
 TensorRT 10.12 deprecated and 11 removed the flags that let the builder choose precisions; a strongly typed network computes in the types
 that the graph states. So this file states them. A node stays in float32 for one of these reasons, in this order:
 
-    codes        QuantizeLinear, DequantizeLinear, the product of two DequantizeLinears and the bias behind it. TensorRT computes these on
+    codes        QuantizeLinear (and the smoothing before it), DequantizeLinear, their product and the bias behind it. TensorRT computes on
                  int8; float32 is only the type that their scales have. Training's scales are float32, and a scale rounded to float16 is
                  another grid. TensorRT-RTX 1.7 compiles both to the same int8 kernels, with the casts inside the neighbouring ones, but
                  from float16 scales it quantizes with the reciprocal rounded to float16, from float32 ones in float32.
@@ -58,6 +58,8 @@ LIGHT = MOVES | operator_set(
     "Less LessOrEqual ArgMax ArgMin"
 )
 """Operators cheap enough that float32 costs less than two casts."""
+SMOOTHING = ".inverse_smoothing"
+"""End of the name of a constant that belongs to the quantized input of a layer."""
 ANY_TYPE = ("Shape", "Size")
 """Operators that read no values, so that a cast before them would be for nothing."""
 SUMS = dict.fromkeys(("ReduceSum", "ReduceMean", "ReduceL1", "CumSum", "AveragePool", "GlobalAveragePool", "Mean", "Sum"), 1)
@@ -171,7 +173,7 @@ class _Conversion:
     def _on_codes(self, node: ir.Node) -> bool:
         if node.op_type == "DequantizeLinear" and is_weight_only(node):
             return not _halves_exactly(node.inputs[1])
-        return node.op_type in CODES or is_product_of_codes(node) or is_bias_of_codes(node)
+        return node.op_type in CODES or is_product_of_codes(node) or is_bias_of_codes(node) or _smooths(node)
 
     def _why(self, node: ir.Node) -> tuple[str, float | None]:
         if not self._allows(node):
@@ -349,6 +351,10 @@ def is_weight_only(dequantize: ir.Node) -> bool:
     """Whether it decodes a weight that meets floats: no product of codes reads it."""
     users = [n for n, _ in dequantize.outputs[0].uses()]
     return is_weight(dequantize) and not any(is_product_of_codes(n) for n in users)
+
+
+def _smooths(node: ir.Node) -> bool:
+    return node.op_type == "Mul" and any(v is not None and str(v.name).endswith(SMOOTHING) for v in node.inputs)
 
 
 def _halves_exactly(scale: ir.Value | None) -> bool:

@@ -27,9 +27,10 @@ from torch import Tensor
 from exporters.base import Inputs
 from exporters.onnx.runtime import run, threads
 from exporters.onnx.write import save
-from exporters.tensorrt.precision import FLOAT, HALF, MOVES, SUMS, Measured, is_float, is_weight
+from exporters.tensorrt.precision import FLOAT, HALF, MOVES, SMOOTHING, SUMS, Measured, is_float
 
 SESSION_CONFIG = {"session.disable_quant_qdq": "1", "session.intra_op.allow_spinning": "0"}
+ALL_CODES = np.arange(-128, 128, dtype=np.int8)
 MAXIMUM, TERMS = "qtrain.maximum.", "qtrain.terms."
 
 
@@ -172,46 +173,105 @@ def without_activation_codes(model: ir.Model) -> ir.Model:
 
 
 def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Layer names and weights, float32 in the shape of the codes, decoded by the file's own DequantizeLinear, one at a time.
+    """Weights, float32 in the shape of the codes, and all values of each activation, decoded by the file's own DequantizeLinear.
 
     A float16 scale is decoded in float32, which holds code * scale exactly: codes and scales are compared to the bit, while the float16
     network itself rounds the product to its own type, as it rounds every weight.
     """
     model = ir.load(path)
-    for codes in list(model.graph.initializers.values()):
-        if not str(codes.name).endswith(".codes"):
-            continue
-        node = next((n for n, _ in codes.uses() if n.op_type == "DequantizeLinear"), None)
-        if node is None:
-            raise ValueError(f"no DequantizeLinear reads {codes.name}")
-        value = _run_alone(node)
-        shape = node.metadata_props.get(SHAPE)
-        if shape:
-            value = value.T if shape == "transposed" else value.reshape([int(d) for d in shape.split("x")])
-        yield str(codes.name).removesuffix(".codes"), torch.from_numpy(np.ascontiguousarray(value))
+    for name, node in _decoders(model):
+        value = _run_part([node], node.outputs[0], {})
+        transposed = any(user.op_type == "MatMul" for user in _users(node.outputs[0]))
+        yield name, torch.from_numpy(np.ascontiguousarray(value.T if transposed else value))
+    for name, node in _quantizers(model):
+        dequantize = next(iter(node.outputs[0].uses()))[0]
+        assert dequantize.inputs[0] is not None
+        yield name, torch.from_numpy(_run_part([dequantize], dequantize.outputs[0], {dequantize.inputs[0]: ALL_CODES}))
 
 
-SHAPE = "qtrain.shape"
-"""Metadata of a DequantizeLinear: how its output becomes the layer's weight, where it is not that weight as it stands."""
+def activations(path: Path, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
+    """Activation names and what the file's QuantizeLinear and DequantizeLinear make of each input, float32 as x."""
+    quantizers = dict(_quantizers(ir.load(path)))
+    for name, x in inputs.items():
+        quantize = quantizers[name]
+        dequantize, given = next(iter(quantize.outputs[0].uses()))[0], quantize.inputs[0]
+        assert given is not None
+        yield name, torch.from_numpy(_run_part([dequantize, quantize], dequantize.outputs[0], {given: x.detach().cpu().numpy()}))
 
 
-def _run_alone(node: ir.Node) -> np.ndarray[Any, Any]:
-    """Run one DequantizeLinear with the file's constants, scale in float32."""
-    protos = []
-    for value in node.inputs:
-        assert value is not None and value.const_value is not None
-        tensor = value.const_value
-        if tensor.dtype == HALF:
-            protos.append(onnx.numpy_helper.from_array(tensor.numpy().astype(np.float32), str(value.name)))
+def products(path: Path, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
+    """Layer names and what each layer of the file, from its (smoothing and) QuantizeLinear to its product, makes of its input; no bias."""
+    decoders = dict(_decoders(ir.load(path)))
+    for name, x in inputs.items():
+        product = next(u for u in _users(decoders[name].outputs[0]) if u.op_type in ("MatMul", "Conv"))
+        dequantize = _producer(product.inputs[0])
+        quantize = _producer(dequantize.inputs[0])
+        nodes, first = [product, decoders[name], dequantize, quantize], quantize.inputs[0]
+        smoothing = None if first is None else first.producer()
+        if smoothing is not None and any(v is not None and str(v.name) == f"{name}{SMOOTHING}" for v in smoothing.inputs):
+            nodes.append(smoothing)
+            first = next(v for v in smoothing.inputs if v is not None and v.const_value is None)
+        assert first is not None
+        yield name, torch.from_numpy(_run_part(nodes, product.outputs[0], {first: x.detach().cpu().numpy()}))
+
+
+def _producer(value: ir.Value | None) -> ir.Node:
+    node = None if value is None else value.producer()
+    assert node is not None
+    return node
+
+
+def _quantizers(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
+    """Activation names and their QuantizeLinear; of several that share a scale, one."""
+    for name, value in model.graph.initializers.items():
+        if name.endswith(".scale"):
+            node = next((n for n, _ in value.uses() if n.op_type == "QuantizeLinear"), None)
+            if node is not None:
+                yield name.removesuffix(".scale"), node
+
+
+def _decoders(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
+    """Layer names and the DequantizeLinear of their codes."""
+    for value in list(model.graph.initializers.values()):
+        if str(value.name).endswith(".codes"):
+            node = next((n for n, _ in value.uses() if n.op_type == "DequantizeLinear"), None)
+            if node is None:
+                raise ValueError(f"no DequantizeLinear reads {value.name}")
+            yield str(value.name).removesuffix(".codes"), node
+
+
+def _users(value: ir.Value) -> Iterator[ir.Node]:
+    """Nodes that read a value, behind casts."""
+    for node, _ in value.uses():
+        if node.op_type == "Cast":
+            yield from _users(node.outputs[0])
         else:
-            protos.append(onnx.helper.make_tensor(str(value.name), int(tensor.dtype), tensor.shape.numpy(), tensor.tobytes(), raw=True))
-    proto = ir.to_proto(node)
-    output = onnx.helper.make_tensor_value_info(proto.output[0], onnx.TensorProto.FLOAT, None)
-    graph = onnx.helper.make_graph([proto], "decode", [], [output], protos)
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
-    return open_session(model.SerializeToString()).run(None, {})[0]
+            yield node
 
 
-def is_activation(node: ir.Node) -> bool:
-    """Whether a DequantizeLinear decodes an activation."""
-    return node.op_type == "DequantizeLinear" and not is_weight(node)
+def _run_part(nodes: list[ir.Node], output: ir.Value, feeds: dict[ir.Value, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    """Run some nodes of a file with its constants; float16 scales in float32, casts to float16 and all."""
+    helper, protos, seen = onnx.helper, [], set(feeds)
+    for node in nodes:
+        for value in node.inputs:
+            if value is None or value in seen or value.producer() is not None or value.const_value is None:
+                continue
+            seen.add(value)
+            protos.append(_constant(value, widen=node.op_type == "DequantizeLinear"))
+    inputs = [helper.make_tensor_value_info(str(v.name), helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for v, a in feeds.items()]
+    result = helper.make_tensor_value_info(str(output.name), onnx.TensorProto.FLOAT, None)
+    parts = [ir.to_proto(n) for n in reversed(nodes)]
+    for part in parts:
+        if part.op_type == "Conv":
+            del part.input[2:]  # the bias
+    graph = helper.make_graph(parts, "part", inputs, [result], protos)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return open_session(model.SerializeToString()).run(None, {str(v.name): a for v, a in feeds.items()})[0]
+
+
+def _constant(value: ir.Value, widen: bool) -> onnx.TensorProto:
+    tensor = value.const_value
+    assert tensor is not None
+    if widen and tensor.dtype == HALF:
+        return onnx.numpy_helper.from_array(tensor.numpy().astype(np.float32), str(value.name))
+    return onnx.helper.make_tensor(str(value.name), int(tensor.dtype), tensor.shape.numpy(), tensor.tobytes(), raw=True)

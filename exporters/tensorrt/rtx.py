@@ -60,6 +60,18 @@ def open_session(path: Path, profile: Profile) -> Any:
     return onnxruntime.InferenceSession(str(path), options)
 
 
+class Runner:
+    """A session with the interface of `build_engine.Engine`."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+
+    def run(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Outputs by name."""
+        names = [o.name for o in self.session.get_outputs()]
+        return dict(zip(names, self.session.run(names, {i.name: inputs[i.name] for i in self.session.get_inputs()}), strict=True))
+
+
 def provider_options(profile: Profile) -> dict[str, str]:
     """Options of the execution provider: the optimization profile."""
 

@@ -53,9 +53,7 @@ With onnxruntime on an RTX GPU (pip install onnxruntime-ep-nv-tensorrt-rtx-cu13)
 """
 
 
-def write_beside(
-    folder: Path, settings: dict[str, Any], reference: tuple[Inputs, Tensor, Tensor], name: str, precision: str
-) -> None:
+def write_beside(folder: Path, settings: dict[str, Any], reference: tuple[Inputs, Tensor, Tensor], name: str, precision: str) -> None:
     """Write all files that go with the model.
 
     Args:
@@ -70,7 +68,7 @@ def write_beside(
     inputs, training, onnxruntime = reference
     arrays = {f"input.{n}": x.detach().cpu().numpy() for n, x in inputs.items()}
     arrays |= {"training": training.float().cpu().numpy(), "onnxruntime": onnxruntime.float().cpu().numpy()}
-    np.savez(folder / "reference.npz", **arrays)
+    np.savez(folder / "reference.npz", **arrays)  # type: ignore[arg-type]
     shapes = "; ".join(f"{n} {_x(s['min'])} to {_x(s['max'])}, best at {_x(s['opt'])}" for n, s in settings["profile"].items())
     (folder / "README.md").write_text(README.format(name=name, precision=precision, shapes=shapes or "fixed"))
 

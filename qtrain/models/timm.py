@@ -81,11 +81,12 @@ class Timm(ImageModel):
     def _published(self) -> Any:
         """timm's description of the weights: input_size (C, H, W), mean, std, num_classes, classifier."""
         timm = import_vision("timm")
-        require_name("timm", self.name.partition(".")[0], timm.list_models())
-        found = timm.models.get_pretrained_cfg(self.name)
-        if found is None:
-            tags = ", ".join(t.partition(".")[2] for t in timm.list_pretrained(self.name.partition(".")[0])) or "none"
+        plain = self.name.partition(".")[0]
+        require_name("timm", plain, timm.list_models())
+        try:
+            return timm.models.get_pretrained_cfg(self.name) or timm.models.PretrainedCfg()
+        except RuntimeError as e:
+            tags = ", ".join(t.partition(".")[2] for t in timm.list_pretrained(plain)) or "none"
             raise ValueError(
-                f"model.name={self.name!r} has a tag that timm does not know; valid: {tags}. Set model.name={self.name.partition('.')[0]}"
-            )
-        return found
+                f"model.name={self.name!r} names weights that timm does not have; valid after the dot: {tags}. Set model.name={plain}"
+            ) from e

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +71,7 @@ def save_npz(path: Path, count: int = 60, **arrays: Any) -> str:
 
 
 def every_image(splits: Splits[Images]) -> list[bytes]:
-    return sorted(key for part in (splits.train, splits.validation, splits.test) for key in part.keys())
+    return sorted(key for part in (splits.train, splits.validation, splits.test) for key in list(part.keys()))
 
 
 # --- splits -------------------------------------------------------------------------------------------------------------------
@@ -210,7 +209,6 @@ def test_crops_use_every_offset_and_mirror_half() -> None:
     cropped = crop_flip(pixels, np.random.default_rng(0))
     kinds = Counter(bytes(image.numpy().tobytes()) for image in cropped)
     assert len(kinds) == 2 * (2 * PADDING + 1) ** 2
-    assert abs((torch.from_numpy(np.stack([np.frombuffer(k, np.uint8) for k in kinds])) > 0).any(1).sum() - len(kinds)) == 0
 
 
 def test_resizing_keeps_the_dtype_the_range_and_proportions() -> None:
@@ -257,7 +255,7 @@ def test_gray_images_are_repeated_for_a_colour_model_and_other_channels_refused(
     assert "the images are gray and the model reads RGB: their channel is repeated" in data.notes
     assert data.example_inputs(2)["pixel_values"].shape == (2, 3, 6, 6)
     assert len(set(data.spec.mean or ())) == 1
-    with pytest.raises(ValueError, match="images have 3 channels and the model reads 1. Set model.channels=3"):
+    with pytest.raises(ValueError, match=r"images have 3 channels and the model reads 1\. Set model.channels=3"):
         build(GRAY)
 
 
@@ -735,11 +733,3 @@ def test_hub_failures_name_the_local_way_and_the_row(hub: dict[str, Any]) -> Non
     hub["value"] = hub_dataset(broken=True)
     with pytest.raises(ValueError, match="image of row 2 of the train split of a/b cannot be read"):
         HubImages(name="a/b").load()
-
-
-def test_labels_of_a_random_order_do_not_matter(tmp_path: Path) -> None:
-    """The order of files does not decide which class is which."""
-    root = Path(write_folder(tmp_path))
-    names = [p.name for p in root.iterdir()]
-    random.Random(0).shuffle(names)
-    assert ImageFolder(train=str(root)).load().label_names == sorted(names)

@@ -125,6 +125,7 @@ def test_the_longest_input_is_what_the_model_can_read(folder: Path) -> None:
     source = SequenceClassification(str(folder))
     tokenizer = source.tokenizer()
     assert tokenizer.model_max_length == 24
+    assert source.processor().get_vocab() == tokenizer.get_vocab()
     inputs = dict(tokenizer(["a " * 50], truncation=True, return_tensors="pt"))
     assert inputs["input_ids"].shape == (1, 24)
     assert logits_of(source.build(2, seed=0)(**inputs)).isfinite().all()
