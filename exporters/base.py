@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from qtrain.lazy import lazy_import
 from qtrain.grids.base import QuantizedTensor
+from qtrain.lazy import lazy_import
 from qtrain.receipt import Latency, Receipt, Tolerances, differing
 
 if TYPE_CHECKING:
@@ -45,10 +45,11 @@ class PackedLayer(Protocol):
     """What an exporter reads from a converted layer."""
 
     kind: str
-    """"linear" (codes [O, I]), "conv" (codes [O, I / groups, *kernel], `stride`, `padding`, `dilation`, `groups`) or "embedding" (codes [V, D]).
+    """"linear" (codes [O, I]), "conv" (codes [O, I / groups, *kernel]) or "embedding" (codes [V, D]).
 
-    The first two have an optional `bias` [O], `bias_codes` (int32 [O]: the bias in steps of s_x * s_w) where the activation before the layer is
-    static and stands on an edge (`source`), and `activation_fake`, where the layer quantizes its own input.
+    A convolution has `stride`, `padding`, `dilation`, `groups`. The first two have an optional `bias` [O]; `bias_codes` (int32 [O]: the bias
+    in steps of s_x * s_w) where the activation before the layer is static and stands on an edge (`source`); and `activation_fake`, where
+    the layer quantizes its own input.
     """
 
     @property
@@ -135,15 +136,11 @@ class Exporter(ABC):
     def tensors(self, path: Path) -> Iterator[tuple[str, Tensor]]:
         """Names and values, float32, decoded by the runtime from the file; one at a time (law 5).
 
-        All those of `packed`, and no others.
+        All those of `packed`, and as many of `packed_biases` and `packed_activations` as the file holds.
         """
 
     def packed(self, model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-        """What the file must hold to the last bit: name -> a function that gives training's value, float32 on the CPU.
-
-        Here the weights, decoded, under their layer's name; an exporter whose file holds integer biases or static activations adds those
-        (`packed_biases`, `packed_activations`).
-        """
+        """What the file must hold, to the last bit: name -> a function that gives training's value, float32 on the CPU."""
         return packed_weights(model)
 
     def activations(self, path: Path, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
@@ -157,8 +154,8 @@ class Exporter(ABC):
     def products(self, path: Path, inputs: Inputs) -> Iterator[tuple[str, Tensor]]:
         """Layer names and products (no bias) computed by the runtime from the file, for each layer's x in ``inputs``.
 
-        Called for layers that quantize their own input, with x in float32 (the runtime quantizes it): [R, I] -> [R, O], or [N, I, *spatial] ->
-        [N, O, *spatial] for convolutions.
+        Called for layers that quantize their own input, with x in float32 (the runtime quantizes it): [R, I] -> [R, O], or
+        [N, I, *spatial] -> [N, O, *spatial] for convolutions.
         """
 
     @abstractmethod
@@ -229,10 +226,10 @@ class Exporter(ABC):
     def _receipt(self, job: ExportJob, artefact: Artefact) -> Receipt:
         receipt = Receipt(fused=artefact.fused, fallbacks=artefact.fallbacks)
         receipt.float_bytes = sum(f.stat().st_size for f in artefact.float_files) or None
-        expected = self.packed(job.model)
+        expected, known = self.packed(job.model), {**packed_biases(job.model), **packed_activations(job.model)}
         for name, value in self.tensors(artefact.path):
-            if name in expected:
-                receipt.add_tensor(name, expected.pop(name)(), value)
+            if name in expected or name in known:
+                receipt.add_tensor(name, (expected.pop(name, None) or known[name])(), value)
             else:
                 receipt.failures.append(f"the file holds {name}, which is no quantized layer of the model")
         for name, decode in expected.items():

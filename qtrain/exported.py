@@ -4,8 +4,8 @@ torch.export runs the model's Python once, with tensors that have shapes and no 
 decided anything from values cannot be written down (`Untraceable`); what depended on the mode or the device was decided once and for
 all. `Exported` decides it again:
 
-    train(), eval()   dropout, the dropout inside attention, and the statistics of batch-norms follow the mode; so do torch's fake-quantizers,
-                      which observe in training only (they would follow the test split too, if they were let)
+    train(), eval()   dropout, the dropout inside attention, and the statistics of batch-norms follow the mode; so do torch's
+                      fake-quantizers, which observe in training only (they would follow the test split too, if they were let)
     to(device)        devices that are written into the graph (torch.arange(…, device="cpu")) move with the parameters
 
 Batch and sequence (`axes`) stay open, everything else has the size it had. The call stays the model's: keyword inputs, the same output.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ aten = torch.ops.aten
 
 PRODUCTS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default)
 """Operators (x, weight, bias, …) that become layers of qtrain."""
+_PADDED = {aten.conv1d.padding: aten.conv1d.default, aten.conv2d.padding: aten.conv2d.default}
+"""Convolutions whose padding is a word."""
 _DROPOUTS = {aten.dropout.default: 2, aten.feature_dropout.default: 2, aten.alpha_dropout.default: 2}
 """Operator -> position of its mode."""
 _NOTHING = (aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg)
@@ -52,7 +55,7 @@ class Untraceable(ValueError):
 
 
 class Exported(fx.GraphModule):
-    """A graph of ATen operators that can be trained; made by `export`, and from what torchao makes of it by `Exported(graph, graph.graph)`."""
+    """A graph of ATen operators that can be trained: what `export` makes, and `Exported(g, g.graph)` of what torchao makes of that."""
 
     def __init__(self, root: Any, graph: fx.Graph, class_name: str = "Exported") -> None:
         super().__init__(root, graph, class_name)
@@ -119,6 +122,11 @@ def fake_quantizers(model: nn.Module) -> Iterator[Any]:
     return (m for m in model.modules() if hasattr(m, "enable_observer") and hasattr(m, "enable_fake_quant"))
 
 
+def is_observer(graph: fx.GraphModule, node: Any) -> bool:
+    """Whether ``node`` calls an observer or a fake-quantizer of torch's."""
+    return isinstance(node, fx.Node) and node.op == "call_module" and hasattr(graph.get_submodule(str(node.target)), "calculate_qparams")
+
+
 def axes(x: Tensor) -> dict[int, Any]:
     """Which axes of an input stay open: the first (the batch), and the second of two-dimensional integers (the sequence)."""
     return {0: Dim.DYNAMIC} | ({1: Dim.DYNAMIC} if x.ndim == 2 and not x.is_floating_point() else {})
@@ -169,6 +177,8 @@ def _tidy(graph: fx.GraphModule) -> None:
         _out_of_place(node)
         if node.target in _SCALARS and not isinstance(node.args[1], fx.Node) and not _is_float(node):
             node.target = _SCALARS[node.target]
+        if node.target in _PADDED:
+            _pad_by_number(node)
         if node.target in PRODUCTS:
             weight = node.args[1]
             owner = str(weight.target).removesuffix(".weight") if getattr(weight, "op", "") == "get_attr" else ""
@@ -200,6 +210,21 @@ def _out_of_place(node: fx.Node) -> None:
     changed = node.args[0]
     assert isinstance(changed, fx.Node)
     changed.replace_all_uses_with(node, delete_user_cb=lambda user: user in later)
+
+
+def _pad_by_number(node: fx.Node) -> None:
+    """padding="same" as a number, where it is the same on both sides."""
+    weight, padding = node.args[1], _argument(node, 4, "padding", "valid")
+    assert isinstance(weight, fx.Node)
+    kernel = weight.meta["val"].shape[2:]
+    dilation = _argument(node, 5, "dilation", [1])
+    dilation = [*dilation] * (len(kernel) // len(dilation))
+    total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+    if not any(t % 2 for t in total):
+        stride, groups = _argument(node, 3, "stride", [1]), _argument(node, 6, "groups", 1)
+        bias = _argument(node, 2, "bias", None)
+        node.target = _PADDED[node.target]  # type: ignore[index]
+        node.args, node.kwargs = (node.args[0], weight, bias, stride, [t // 2 for t in total], dilation, groups), {}
 
 
 def _as_module(node: fx.Node) -> None:
@@ -245,13 +270,14 @@ def _require_same(model: nn.Module, exported: Exported, example: dict[str, Tenso
 
 
 def reason(error: BaseException) -> str:
-    """What torch complained about, and the line of the user's code where it did."""
-    text = _first_line(error)
+    """What torch complained about, and the line of the model's code where it did."""
+    fixed = re.search(r"You marked (.+?) as dynamic but your code specialized it to be a constant \((\d+)\)", str(error))
+    if fixed:
+        return f"its code makes {fixed[1]} always {fixed[2]}, which has to stay open"
     package = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((package, "<")) and f.filename != __file__]
-    cause = [line.strip() for line in str(error).splitlines() if "Caused by:" in line]
-    where = cause[0] if cause else f"at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`" if frames else ""
-    return f"{text} ({where.strip('()')})" if where else text
+    ours = (package, str(Path(__file__).parent), "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    return f"{_first_line(error)} (at {frames[-1].filename}:{frames[-1].lineno}, `{frames[-1].line}`)" if frames else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
@@ -282,7 +308,7 @@ def quiet() -> Iterator[None]:
     level = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        logging.disable(logging.ERROR)  # which torch logs whole graphs at
         try:
             yield
         finally:

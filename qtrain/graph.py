@@ -33,7 +33,16 @@ EDGES = "on_grid"
 """Submodule of a traced model that holds the activations on its edges."""
 
 _PASS_MODULES = (nn.MaxPool1d, nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ZeroPad2d, nn.Unflatten)
-_PASS_FUNCTIONS = {F.dropout, torch.flatten, torch.reshape, torch.permute, torch.transpose, torch.squeeze, torch.unsqueeze, operator.getitem}
+_PASS_FUNCTIONS = {
+    F.dropout,
+    torch.flatten,
+    torch.reshape,
+    torch.permute,
+    torch.transpose,
+    torch.squeeze,
+    torch.unsqueeze,
+    operator.getitem,
+}
 _PASS_METHODS = {"flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"}
 _CLAMP_MODULES = (nn.ReLU, nn.ReLU6)
 _CLAMP_FUNCTIONS = {F.relu, F.relu6, F.relu_, torch.relu, torch.relu_}
@@ -83,7 +92,9 @@ def batch_norms(graph: fx.GraphModule) -> dict[str, str]:
         if not _is_module(graph, node, (nn.BatchNorm1d, nn.BatchNorm2d)) or calls[node.target] > 1:
             continue
         producer = node.args[0]
-        alone = isinstance(producer, fx.Node) and len(producer.users) == 1 and _is_module(graph, producer, (nn.Conv1d, nn.Conv2d, nn.Linear))
+        alone = (
+            isinstance(producer, fx.Node) and len(producer.users) == 1 and _is_module(graph, producer, (nn.Conv1d, nn.Conv2d, nn.Linear))
+        )
         if alone and calls[producer.target] == 1 and graph.get_submodule(node.target).track_running_stats:
             found[producer.target] = node.target
     return found

@@ -4,17 +4,17 @@ torch's graph flows end in float operators between explicit quantize and dequant
 
     x -> quantize(s_x, z_x) -> dequantize -> linear(·, dequantize(quantize(w, s_w)), b)
 
-`lower_pt2e` and `lower_fx` turn every operator with a quantized weight into a `QuantizedLinear` or `QuantizedConv` that holds torch's codes and
-scales, under the name that the module had, and every quantize-dequantize pair on an activation into a `QuantizedActivation`:
+`lower_pt2e` and `lower_fx` turn every operator with a quantized weight into a `QuantizedLinear` or `QuantizedConv` that holds torch's codes
+and scales, under the name that the module had, and every quantize-dequantize pair on an activation into a `QuantizedActivation`:
 
-    in networks with convolutions   on the graph's edge, once per value however many operators read it, as in `qtrain/graph.py`. What is on a
-                                    grid already (behind a max-pool, say) is not put on the same grid again
+    in networks with convolutions   on the graph's edge, once per value however many operators read it, as in `qtrain/graph.py`. What is
+                                    on a grid already (behind a max-pool, say) is not put on the same grid again
     elsewhere                       inside the layers that read it, as in transformers that were not traced
 
 What differs from torch's own graph, and by how much:
 
-    codes of activations   torch multiplies by 1 / s (rule `minmax`), the runtimes divide by s (rule `minmax_onnx`, the default): the two differ
-                           by one code where they meet a half. With rule=minmax the lowered graph computes what torch's does, to the bit
+    codes of activations   torch multiplies by 1 / s (rule `minmax`), the runtimes divide by s (rule `minmax_onnx`, the default): the two
+                           differ by one code where they meet a half. With rule=minmax the graph computes what torch's does, to the bit
     biases                 float in torch; where the input of a layer is on an edge they are int32 times s_x * s_w, which integer kernels
                            add: off by at most half such a step, unless a bias would leave 2^30 of them, where it stays float
     unsigned codes         0 … 255 become -128 … 127, with the zero point 128 less: the same numbers
@@ -56,6 +56,8 @@ _MOVES = {
     aten.clone.default,
 }
 """Operators that only move values: what was on a grid before them is on it behind them."""
+
+_MADE = (QuantizedActivation, QuantizedLinear, QuantizedConv)
 
 
 @dataclass
@@ -143,7 +145,7 @@ class Lowering:
         """Put ``module`` at ``name``, or at the first free name like it."""
         targets = {str(n.target) for n in self.graph.graph.nodes if n.op in ("get_attr", "call_module")}
         free, i = name, 0
-        while any(t.startswith(f"{free}.") for t in targets) or isinstance(_find(self.graph, free), (QuantizedActivation, QuantizedLinear, QuantizedConv)):
+        while any(t.startswith(f"{free}.") for t in targets) or isinstance(_find(self.graph, free), _MADE):
             i += 1
             free = f"{name}_{i}"
         parent, _, leaf = free.rpartition(".")
@@ -320,8 +322,10 @@ def _geometry(node: fx.Node) -> Geometry | None:
     if node.target == aten.linear.default:
         return None
     dimensions = 1 if node.target == aten.conv1d.default else 2
-    defaults: list[tuple[str, Any]] = [("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)]
-    given = [node.args[3 + i] if len(node.args) > 3 + i else node.kwargs.get(name, default) for i, (name, default) in enumerate(defaults)]
+    defaults = [("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)]
+    given: list[Any] = [
+        node.args[3 + i] if len(node.args) > 3 + i else node.kwargs.get(name, default) for i, (name, default) in enumerate(defaults)
+    ]
 
     def each(value: Any) -> tuple[int, ...]:
         values = [value] if isinstance(value, int) else list(value)
@@ -337,8 +341,8 @@ def _refuse_rest(graph: fx.GraphModule) -> None:
             reader = next((u for u in node.users if getattr(u.target, "namespace", "") != "quantized_decomposed"), node)
             where = reader.meta.get("layer") or reader.name
             raise ValueError(
-                f"torch's quantizer put the weight of {where} ({reader.target}) on a grid; qtrain's layers are Linear, Conv1d and Conv2d. Set "
-                "quantizer=ptq_static, which leaves it in float, or another quantizer.backend"
+                f"torch's quantizer put the weight of {where} ({reader.target}) on a grid; qtrain's layers are Linear, Conv1d and Conv2d. "
+                "Set quantizer=ptq_static, which leaves it in float, or another quantizer.backend"
             )
 
 
@@ -363,7 +367,11 @@ def _equal(a: QuantizedActivation, b: QuantizedActivation) -> bool:
 def _moves(node: Any) -> bool:
     if node.target in (aten.pad.default, aten.constant_pad_nd.default):
         rest = list(node.args[2:])
-        return node.kwargs.get("mode", "constant") == "constant" and all(v in ("constant", None, 0) for v in rest) and not node.kwargs.get("value")
+        return (
+            node.kwargs.get("mode", "constant") == "constant"
+            and all(v in ("constant", None, 0) for v in rest)
+            and not node.kwargs.get("value")
+        )
     return node.target in _MOVES
 
 

@@ -1,11 +1,11 @@
 """torch's observers in a graph: which quantizer puts them there, what it left out, and the calibration pass.
 
-    pt2e   torchao's quantizers annotate the graph of torch.export by operator and pattern; `prepare_pt2e` (or `prepare_qat_pt2e`, which also
-           fuses convolution and batch-norm for training) inserts observers (or fake-quantizers)
+    pt2e   torchao's quantizers annotate the graph of torch.export by operator and pattern; `prepare_pt2e` (or `prepare_qat_pt2e`, which
+           also fuses convolution and batch-norm for training) inserts observers (or fake-quantizers)
     fx     torch.ao's older `prepare_fx` traces symbolically and goes by module; deprecated, and gone one day
 
-What torch's own flow would do silently and is an error or a note here: a chosen module that its patterns do not reach, an activation that is
-NaN or constant, a batch-norm whose epsilon its training pattern replaces by 1e-5, a momentum that it replaces by 0.1 (put back).
+What torch's own flow does silently, and this does not: a chosen module that its patterns do not reach is noted; an activation that is NaN
+or constant is an error.
 """
 
 from __future__ import annotations
@@ -18,34 +18,50 @@ import torch
 from torch import Tensor, fx, nn
 
 from qtrain.activations import NotFinite
-from qtrain.exported import PRODUCTS, Exported, Untraceable, aten, fake_quantizers, module_of, quiet, reason
+from qtrain.exported import PRODUCTS, Exported, Untraceable, aten, fake_quantizers, is_observer, quiet, reason
 from qtrain.graph import has_convolutions
+from qtrain.graph_qat import join, mend_batch_norms, split
 from qtrain.grids.base import Grid
 from qtrain.layers import FakeEmbedding
 
 Note = dict[str, str]
 
 
-def put_observers(graph: Exported, backend: str, training: bool, kept: list[str]) -> Exported:
+def put_observers(graph: Exported, backend: str, training: bool, kept: list[str], *, instead: str) -> Exported:
     """Insert the observers of ``backend``'s quantizer.
 
     Args:
         training: whether to insert fake-quantizers, for training.
         kept: names of Linear and convolution modules to leave alone.
+        instead: the quantizer to name in errors that needs no graph.
 
     Raises:
-        ValueError: if training would change a batch-norm's epsilon.
+        Untraceable: if torch's quantizer fails.
     """
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 
+    quantizer = _quantizer(graph, backend, training, kept)
+    if training:
+        split(graph, kept)
     with quiet():
-        quantizer = _quantizer(graph, backend, training, kept)
-        prepared = (prepare_qat_pt2e if training else prepare_pt2e)(graph, quantizer)
-    for node in prepared.graph.nodes if training else ():
-        if node.target == aten.batch_norm.default:
-            _mend_batch_norm(node)
-    prepared.recompile()
+        try:
+            prepared = (prepare_qat_pt2e if training else prepare_pt2e)(graph, quantizer)
+        except Exception as error:  # its patterns assert what they expect
+            raise Untraceable(
+                f"torch's quantizer for {backend} cannot take the graph of this model: {reason(error)}. Set another quantizer.backend, or "
+                f"quantizer={instead}, which needs no graph"
+            ) from error
+    if training:
+        join(prepared)
+        mend_batch_norms(prepared)
+    for fake in fake_quantizers(prepared):
+        fake.register_forward_pre_hook(_in_float32)
     return Exported(prepared, prepared.graph)
+
+
+def _in_float32(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """torch's fused fake-quantizer takes float32 only, and autocast may give it bfloat16."""
+    return tuple(x.float() for x in inputs)
 
 
 def _quantizer(graph: Exported, backend: str, training: bool, kept: list[str]) -> Any:
@@ -79,23 +95,6 @@ def xnnpack_module() -> Any:
     return xnnpack_quantizer
 
 
-def _mend_batch_norm(node: fx.Node) -> None:
-    """torchao's training pattern has momentum 0.1 and epsilon 1e-5, whatever the batch-norm had.
-
-    Raises:
-        ValueError: if it had another epsilon: that of torchao's convert step cannot be put back.
-    """
-    had = node.meta.get("batch_norm")
-    if had is None:
-        return
-    if node.args[7] != had["eps"]:
-        raise ValueError(
-            f"the batch-norm {had['name']} has eps={had['eps']:g}, and torchao's training in the graph holds 1e-5 for all. Set "
-            "quantizer=qat, which has no such limit"
-        )
-    node.args = (*node.args[:6], had["momentum"], *node.args[7:])
-
-
 def require_convolutions(model: nn.Module) -> None:
     """Refuse what prepare_fx is not offered for.
 
@@ -117,8 +116,8 @@ def put_legacy_observers(model: nn.Module, example: dict[str, Tensor], backend: 
         Untraceable: naming what torch.fx stumbled over.
     """
     try:
-        from torch.ao.quantization import QConfig, QConfigMapping, default_per_channel_weight_observer, default_weight_observer
         from torch.ao.quantization import HistogramObserver as Histogram
+        from torch.ao.quantization import QConfig, QConfigMapping, default_per_channel_weight_observer, default_weight_observer
         from torch.ao.quantization.quantize_fx import prepare_fx
     except ImportError as error:
         raise ValueError(
@@ -126,7 +125,8 @@ def put_legacy_observers(model: nn.Module, example: dict[str, Tensor], backend: 
             "quantizer.flow=pt2e, which replaces it"
         ) from error
     weight = default_per_channel_weight_observer if backend == "x86" else default_weight_observer
-    mapping = QConfigMapping().set_global(QConfig(activation=Histogram.with_args(reduce_range=False), weight=weight))
+    config: Any = QConfig
+    mapping = QConfigMapping().set_global(config(activation=Histogram.with_args(reduce_range=False), weight=weight))
     for name in kept:
         mapping.set_module_name(name, None)
     with warnings.catch_warnings():
@@ -157,8 +157,8 @@ def left_out(graph: fx.GraphModule, chosen: dict[str, nn.Module], backend: str) 
     """
     nodes = list(graph.graph.nodes)
     present = {n.meta["layer"] for n in nodes if n.target in PRODUCTS} | {n.target for n in nodes if n.op == "call_module"}
-    reached = {n.meta["layer"] for n in nodes if n.target in PRODUCTS and _is_observer(graph, n.args[1])}
-    reached |= {n.target for n in nodes if n.op == "call_module" and n.args and _is_observer(graph, n.args[0])}
+    reached = {n.meta["layer"] for n in nodes if n.target in PRODUCTS and is_observer(graph, n.args[1])}
+    reached |= {n.target for n in nodes if n.op == "call_module" and n.args and is_observer(graph, n.args[0])}
     products = [name for name, module in chosen.items() if not isinstance(module, nn.Embedding)]
     notes = []
     for name in products:
@@ -225,9 +225,9 @@ def observe(graph: fx.GraphModule, batches: Iterable[dict[str, Tensor]]) -> int:
         for fake in fakes:
             fake.enable_observer(True)
             fake.disable_fake_quant()
-        for number, batch in enumerate(batches):
+        for batch in batches:
             graph(**{name: value.to(device) for name, value in batch.items()})
-            examples += len(next(iter(batch.values())))
+            examples, number = examples + len(next(iter(batch.values()))), number + 1
     except NotFinite as error:
         raise ValueError(f"calibration batch {number}: {error}") from error
     finally:
@@ -240,17 +240,34 @@ def observe(graph: fx.GraphModule, batches: Iterable[dict[str, Tensor]]) -> int:
         raise ValueError("there is no calibration data; set data.calibration_examples=256, say")
     for layer, observer in activations:
         _require_range(layer, getattr(observer, "activation_post_process", observer))
+    if fakes:
+        graph(**{name: value.to(device) for name, value in batch.items()})  # they derive scales from ranges when they are used
     return examples
 
 
 def _activations(graph: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
     """Observers of activations, with the name of a layer that reads each."""
     for node in graph.graph.nodes:
-        if not _is_observer(graph, node) or any(u.target in PRODUCTS and u.args[1] is node for u in node.users):
+        if not is_observer(graph, node) or any(u.target in PRODUCTS and u.args[1] is node for u in node.users):
             continue
-        reader = next(iter(node.users), node)
-        layer = reader.meta.get("layer") or (str(reader.target) if reader.op == "call_module" else "") or module_of(reader) or reader.name
-        yield layer, graph.get_submodule(str(node.target))
+        yield _layer_near(graph, node), graph.get_submodule(str(node.target))
+
+
+def _layer_near(graph: fx.GraphModule, node: fx.Node) -> str:
+    """The Linear or convolution that reads the value of ``node``, the nearest behind it; or the nearest before it, where there is none."""
+    products = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    for neighbours in (lambda n: list(n.users), lambda n: n.all_input_nodes):
+        level, seen = [node], {node}
+        while level:
+            for near in level:
+                module = graph.get_submodule(str(near.target)) if near.op == "call_module" else None
+                if isinstance(module, products) or (isinstance(module, nn.Sequential) and isinstance(module[0], products)):
+                    return str(near.target)
+                if "layer" in near.meta:
+                    return str(near.meta["layer"])
+            level = [n for near in level for n in neighbours(near) if n not in seen]
+            seen |= set(level)
+    return node.name
 
 
 def _finite(layer: str) -> Any:
@@ -272,10 +289,6 @@ def _require_range(layer: str, observer: Any) -> None:
         raise ValueError(f"the activation that {layer} reads was never computed; leave it in float: quantizer.keep_float=['{layer}']")
     if low == high:
         raise ValueError(
-            f"the activation that {layer} reads was {low:g} in all calibration examples: a constant has no range to quantize, and a layer that "
-            f"sees nothing else is broken or unused. Leave it in float: quantizer.keep_float=['{layer}']"
+            f"the activation that {layer} reads was {low:g} in all calibration examples: a constant has no range to quantize, and a layer "
+            f"that sees nothing else is broken or unused. Leave it in float: quantizer.keep_float=['{layer}']"
         )
-
-
-def _is_observer(graph: fx.GraphModule, node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_module" and hasattr(graph.get_submodule(str(node.target)), "calculate_qparams")

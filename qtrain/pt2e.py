@@ -5,10 +5,10 @@
 
 The grid is the quantizer's, and there are no options for it:
 
-    backend   weights                               activations                    values on a grid
-    x86       int8 per channel, absmax / 127.5      uint8, asymmetric, 8 bits      inputs of linear, conv, and of what oneDNN fuses with them
-    arm       int8 per tensor, absmax / 127.5       int8, asymmetric               as x86
-    xnnpack   int8 per channel, absmax / 127        int8, asymmetric               all of them: outputs, additions and poolings too
+    backend   weights                            activations          values on a grid
+    x86       int8 per channel, absmax / 127.5   uint8, asymmetric    inputs of linear, conv, and of what oneDNN fuses with them
+    arm       int8 per tensor, absmax / 127.5    int8, asymmetric     inputs of linear and conv
+    xnnpack   int8 per channel, absmax / 127     int8, asymmetric     all of them: outputs, additions and poolings too
 
 x86 and arm are torch.compile's backends, where a convolution and the addition behind it are one operator, so that the value between them
 stays in float; onnxruntime has no such operator and runs that convolution in float. backend=xnnpack suits it better. A reduced range of
@@ -73,8 +73,8 @@ class GraphScheme:
             raise ValueError(f"quantizer.backend is {self.backend!r}; valid: {', '.join(BACKENDS)}. Set quantizer.backend=x86, say.")
         if any(pattern.startswith("auto:") for pattern in self.keep_float):
             raise ValueError(
-                f"quantizer.keep_float has {self.keep_float}; torch's graph flows cannot try their layers one by one, as auto:N does. Find the "
-                f"names with quantizer={EAGER[self.trains]} quantizer.keep_float=auto:N, and list them here"
+                f"quantizer.keep_float has {self.keep_float}; torch's graph flows cannot try their layers one by one, as auto:N does. "
+                f"Find the names with quantizer={EAGER[self.trains]} quantizer.keep_float=auto:N, and list them here"
             )
         if self.smoothquant is not None and not 0 <= self.smoothquant <= 1:
             raise ValueError(f"quantizer.smoothquant is {self.smoothquant}; it is from 0 to 1. Set quantizer.smoothquant=0.5, or null.")
@@ -114,16 +114,40 @@ class GraphScheme:
         from qtrain import exported, observed
 
         if self.backend == "xnnpack" and not observed.xnnpack_module().__name__.startswith("executorch"):
-            why = "executorch is not installed; torchao's copy of its quantizer, which is deprecated, takes its place. pip install executorch"
+            why = (
+                "executorch is not installed; torchao's copy of its quantizer, which is deprecated, takes its place. pip install executorch"
+            )
             self.fallbacks.append({"name": "quantizer.backend=xnnpack", "why": why})
         graph = exported.export(model, example, training=self.trains, instead=EAGER[self.trains])
         found = observed.embeddings(graph, chosen) if self.embedding is not None else []
-        prepared = observed.put_observers(graph.train(self.trains), self.backend, self.trains, kept)
+        prepared = observed.put_observers(graph.train(self.trains), self.backend, self.trains, kept, instead=EAGER[self.trains])
         prepared.meta["embeddings"] = found
         missing = observed.left_out(prepared, chosen, self.backend)
         self.fallbacks += missing
         in_float = [name for name, module in chosen.items() if isinstance(module, torch.nn.Embedding) and name not in found]
         return prepared.eval(), sorted([*kept, *in_float, *(note["name"] for note in missing)])
+
+    def _observed_by_fx(
+        self, model: nn.Module, example: dict[str, Any], chosen: dict[str, nn.Module], kept: list[str]
+    ) -> tuple[nn.Module, list[str]]:
+        """As `_observed`, by prepare_fx."""
+        from qtrain import observed
+
+        observed.require_convolutions(model)
+        why = "deprecated in torch, which will remove it; quantizer.flow=pt2e (torch.export and torchao) replaces it"
+        self.fallbacks.append({"name": "quantizer.flow=fx", "why": why})
+        prepared = observed.put_legacy_observers(model, example, self.backend, kept)
+        missing = observed.left_out(prepared, chosen, self.backend)
+        self.fallbacks += missing
+        in_float = [name for name, module in chosen.items() if isinstance(module, torch.nn.Embedding)]
+        return prepared, sorted([*kept, *in_float, *(note["name"] for note in missing)])
+
+    def _converted_by_fx(self, model: Any) -> nn.Module:
+        """torch.ao's convert step, and qtrain's layers in place of its modules."""
+        from qtrain.lowering import lower_fx
+        from qtrain.observed import convert_legacy
+
+        return self._finished(*lower_fx(convert_legacy(model)))
 
     def _check_embeddings(self, chosen: dict[str, nn.Module]) -> None:
         for name, module in chosen.items():
@@ -153,9 +177,13 @@ class GraphScheme:
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         from qtrain.exported import quiet
+        from qtrain.graph_qat import fold_batch_norms, keep_scales
         from qtrain.lowering import lower_pt2e
 
         model.eval()
+        if self.trains:
+            fold_batch_norms(model)  # type: ignore[arg-type]
+            keep_scales(model)
         with quiet(), torch.no_grad():
             reference = convert_pt2e(model, fold_quantize=False)
         lowered, notes = lower_pt2e(reference)
@@ -175,7 +203,7 @@ class GraphScheme:
 
 
 def schedule(freeze_step: int | None, freeze_batch_norm_step: int | None) -> Any:
-    """A Lightning callback that freezes an `Exported` graph from optimizer steps on; a function of the step, so that resumed runs do the same."""
+    """A Lightning callback that freezes an `Exported` graph from these optimizer steps on; resumed runs do the same."""
     from lightning.pytorch import Callback
 
     class Freeze(Callback):

@@ -218,7 +218,9 @@ def _automatic(patterns: list[str]) -> int:
         if pattern.startswith("auto:"):
             count = pattern.removeprefix("auto:")
             if not count.isdigit() or int(count) < 1:
-                raise ValueError(f"quantizer.keep_float has {pattern!r}; N of auto:N is a positive integer. Set quantizer.keep_float=auto:3, say.")
+                raise ValueError(
+                    f"quantizer.keep_float has {pattern!r}; N of auto:N is a positive integer. Set quantizer.keep_float=auto:3, say."
+                )
             return int(count)
     return 0
 

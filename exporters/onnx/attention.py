@@ -7,8 +7,8 @@ writing Q, K and V and transposing them to heads (measured: 12 % of MiniLM at 8 
 
 The three weights stay initializers of their own; onnxruntime joins them when it loads the file.
 
-Needed: one input with one grid, equal widths, no past, and a mask that masks, that is, Where(keep, 0, lowest): QAttention adds its own lowest
-number where an int32 mask is 0. What does not fit stays MultiHeadAttention.
+Needed: one input with one grid, equal widths, no past, and a mask that masks, that is, Where(keep, 0, lowest): QAttention adds its own
+lowest number where an int32 mask is 0. What does not fit stays MultiHeadAttention.
 
 Source: onnxruntime docs/ContribOperators.md, contrib_ops/cpu/quantization/attention_quant.cc.
 """
@@ -118,7 +118,7 @@ def _write(builder: Builder, node: ir.Node, layers: list[Any], x: ir.Value, bias
     codes = builder.op("Concat", *(layer.codes() for layer in layers), axis=1)
     scales = builder.op("Concat", *(layer.scales() for layer in layers), axis=0)
     zeros = builder.op("Concat", *(layer.zero_points() for layer in layers), axis=0) if "zero_point" in first.q.params else None
-    attributes = {k: node.attributes[k] for k in ("num_heads", "scale", "unidirectional") if k in node.attributes}
+    attributes: dict[str, Any] = {k: node.attributes[k] for k in ("num_heads", "scale", "unidirectional") if k in node.attributes}
     inputs = (q.codes, codes, bias, q.scale, scales, mask, q.zero, zeros)
     y = builder.op("QAttention", *inputs, domain=CONTRIB, mask_filter_value=LOWEST, **attributes)
     old = node.outputs[0]

@@ -53,7 +53,7 @@ class Builder:
     def initializer(self, name: str, make: Callable[[], Array], dtype: ir.DataType | None = None) -> ir.Value:
         """The initializer ``name``, made on first use; int4 where ``dtype`` says so, else as numpy has it."""
         if name not in self.graph.initializers:
-            array = np.ascontiguousarray(make())
+            array = np.asarray(make(), order="C")
             tensor = int4(array, name) if dtype == ir.DataType.INT4 else ir.Tensor(array, name=name)
             value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
             self.graph.register_initializer(value)
@@ -71,7 +71,7 @@ class Builder:
         def make() -> Quantized:
             s, z = self.initializer(f"{name}.scale", lambda: scale), self.initializer(f"{name}.zero_point", lambda: zero)
             codes = self.op("QuantizeLinear", x, s, z)
-            codes.shape, codes.type = x.shape, ir.TensorType(z.dtype)
+            codes.shape, codes.type = x.shape, z.type
             return Quantized(codes, s, z)
 
         return self._once(("static", x, scale.tobytes(), zero.tobytes()), make)

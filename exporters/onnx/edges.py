@@ -1,10 +1,10 @@
 """Quantized values on the edges of a graph: keep them in codes as long as nothing but moving happens, and keep float layers in float.
 
-    codes move   DequantizeLinear -> Slice, Pad, MaxPool, Reshape, Transpose, … becomes … -> DequantizeLinear: moving codes and moving values is
-                 the same thing. A max-pool may move before, since decoding keeps order; zero padding pads with the zero point
-    pooling      ReduceMean over an image becomes GlobalAveragePool, for which onnxruntime has an integer kernel (QLinearGlobalAveragePool)
-    float layer  a Conv or Gemm with a float weight between two quantized values: onnxruntime would quantize that weight to int8, with one scale,
-                 without a word (WeightBiasQuantization, since 1.21), though training left it in float. A Sum of one operand, which
+    codes move   DequantizeLinear -> Slice, Pad, MaxPool, Reshape, Transpose, … becomes … -> DequantizeLinear: moving codes and moving
+                 values is the same thing. A max-pool may move before, since decoding keeps order; zero padding pads with the zero point
+    pooling      ReduceMean over an image becomes GlobalAveragePool, for which onnxruntime has an integer kernel
+    float layer  a Conv or Gemm with a float weight between two quantized values: onnxruntime would quantize that weight to int8, with
+                 one scale, without a word (its WeightBiasQuantization), though training left it in float. A Sum of one operand, which
                  copies, between the layer and its QuantizeLinear stops it
 
 Nothing here changes a number.
@@ -83,7 +83,7 @@ def _replace(builder: Builder, node: ir.Node, value: ir.Value) -> None:
 
 def _move(builder: Builder, decode: ir.Node) -> list[ir.Node]:
     """Move the readers of ``decode`` that only move values before it; the DequantizeLinear nodes that this made."""
-    made = []
+    made: list[ir.Node] = []
     codes, scale, zero = decode.inputs
     assert codes is not None and scale is not None and zero is not None
     for reader, index in list(decode.outputs[0].uses()):
@@ -92,11 +92,14 @@ def _move(builder: Builder, decode: ir.Node) -> list[ir.Node]:
         rest = list(reader.inputs[1:])
         if reader.op_type == "Pad":
             rest = [rest[0], zero, *rest[2:]]
-        moved = builder.op(reader.op_type, codes, *rest, **reader.attributes)
+        attributes: dict[str, Any] = dict(reader.attributes)
+        moved = builder.op(reader.op_type, codes, *rest, **attributes)
         old = reader.outputs[0]
         moved.shape, moved.type = old.shape, codes.type
         value = builder.decoded(Quantized(moved, scale, zero))
-        made.append(value.producer())
+        producer = value.producer()
+        assert producer is not None
+        made.append(producer)
         _replace(builder, reader, value)
     if not decode.outputs[0].uses() and not decode.outputs[0].is_graph_output():
         builder.graph.remove(decode, safe=True)

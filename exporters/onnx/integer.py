@@ -1,14 +1,15 @@
 """Layers that multiply integers: int8 weights beside activations that are quantized, statically or at run time.
 
-    static    QuantizeLinear -> DequantizeLinear -> MatMul(., DequantizeLinear(codes int8 [K, O], scales [O]))     onnxruntime: MatMulIntegerToFloat
-              … -> Gemm(., weight, DequantizeLinear(bias int32 [O], s_x * s_w)) on an edge                         QGemm
-              … -> Conv(., DequantizeLinear(codes int8 [O, I / groups, …], scales [O]), bias) -> QuantizeLinear    QLinearConv
-    dynamic   DynamicQuantizeLinear -> MatMulInteger(., codes int8 [K, O]) -> Cast -> Mul(s_x * scales)            DynamicQuantizeMatMul,
-                                                                                                                   MatMulIntegerToFloat
-    float     Conv(DequantizeLinear(QuantizeLinear(x)), unpacked weight): onnxruntime has no fast integer kernel with float output
+                                                                                                        onnxruntime fuses it to
+    static    Q -> DQ -> MatMul(., DQ(codes int8 [K, O], scales [O]))                                   MatMulIntegerToFloat
+              … -> Gemm(., weight, DQ(bias int32 [O], s_x * s_w)), on an edge                           QGemm
+              … -> Conv(., DQ(codes int8 [O, I / groups, *kernel], scales [O]), bias int32) -> Q        QLinearConv
+    dynamic   DynamicQuantizeLinear -> MatMulInteger(., codes int8 [K, O]) -> Cast -> Mul(s_x * scales) DynamicQuantizeMatMul
+    float     Q -> DQ -> Conv(., unpacked weight): onnxruntime has no fast integer kernel with float output
 
-With `fuse` a static product is written as com.microsoft.MatMulIntegerToFloat itself where it takes the bias that follows: what onnxruntime
-makes of QDQ adds the bias in a pass of its own (measured: 7 % of MiniLM). The bias of BiasGelu, and one before a residual sum, go there too.
+(Q: QuantizeLinear, DQ: DequantizeLinear.) With `fuse` a static product is written as com.microsoft.MatMulIntegerToFloat itself, so that it
+takes the bias that follows: what onnxruntime makes of QDQ adds the bias in a pass of its own (measured: 7 % of MiniLM). The biases of
+BiasGelu, and of residual sums, go there too.
 
 Activations on edges are QuantizeLinear + DequantizeLinear. onnxruntime drops a ReLU in front of QuantizeLinear where the zero point is the
 lowest code; on a symmetric grid it would fall back to float, so there the ReLU moves behind it, as Max(codes, zero point): the same codes,
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from exporters.onnx.build import FLOAT, Array, Builder, Quantized
+from exporters.onnx.build import FLOAT, Array, Builder, Quantized, static_params
 from exporters.onnx.layout import Layout, block_params, signed_codes
 from exporters.onnx.trace import CONTRIB, DOMAIN
 
@@ -41,16 +42,14 @@ class IntegerLowering:
 
     def activation(self, x: ir.Value) -> ir.Value:
         """An activation on an edge."""
-        relu, lowest = x.producer(), LOWEST[self.builder.profile.signed]
-        quantized = None
-        if relu is not None and relu.op_type == "Relu" and relu.domain == "" and len(x.uses()) == 1:
+        relu, signed = x.producer(), self.builder.profile.signed
+        shifted = int(static_params(self.module, signed)[1]) != LOWEST[signed]
+        if shifted and relu is not None and relu.op_type == "Relu" and relu.domain == "" and only_reader(x) is not None:
             assert relu.inputs[0] is not None
-            quantized = self.builder.static(relu.inputs[0], self.name, self.module)
-            zero = quantized.zero.const_value
-            if zero is not None and int(zero.numpy()) != lowest:
-                clamped = self.op("Max", quantized.codes, quantized.zero)
-                clamped.shape, clamped.type = quantized.codes.shape, quantized.codes.type
-                return self.builder.decoded(Quantized(clamped, quantized.scale, quantized.zero))
+            q = self.builder.static(relu.inputs[0], self.name, self.module)
+            clamped = self.op("Max", q.codes, q.zero)
+            clamped.shape, clamped.type = x.shape, q.codes.type
+            return self.builder.decoded(Quantized(clamped, q.scale, q.zero))
         return self.builder.decoded(self.builder.static(x, self.name, self.module))
 
     def quantized_input(self, x: ir.Value) -> Quantized:
@@ -74,11 +73,14 @@ class IntegerLowering:
             return self.op("MatMulIntegerToFloat", *inputs, domain=CONTRIB, output="product")
         weight = self.existing("weight")
         if weight is None:
-            weight = self.op("DequantizeLinear", self.codes(), self.scales(), self.zero_points(), axis=1, output="weight")
+            zeros = self.initializer("zero_points", lambda: _rows(self.q)[1])  # QGemm is fused only where there are some
+            weight = self.op("DequantizeLinear", self.codes(), self.scales(), zeros, axis=1, output="weight")
         x = self.input_on_grid(x)
-        if self.module.bias_codes is not None and x.shape is not None and len(x.shape) == 2 and take_bias(self.node.outputs[0], self.q.shape[0]):
+        if self.module.bias_codes is None or take_bias(self.node.outputs[0], self.q.shape[0]) is None:
+            return self.op("MatMul", x, weight, output="product")
+        if x.shape is not None and len(x.shape) == 2:
             return self.op("Gemm", x, weight, self.bias_on_grid(), output="product")
-        return self.op("MatMul", x, weight, output="product")
+        return self.op("Add", self.op("MatMul", x, weight, output="product"), self.bias_on_grid())
 
     def linear_dynamic(self, x: ir.Value) -> ir.Value:
         """x [..., K] -> [..., O], with the range of x."""
@@ -109,10 +111,11 @@ class IntegerLowering:
         weight = self.existing("weight")
         if weight is None:
             weight = self._integer_kernel() if integer else self._float_kernel()
+        bias: ir.Value | None = None
         if self.module.bias_codes is not None:
             bias = self.bias_on_grid()
-        else:
-            bias = None if self.module.bias is None else self.initializer("float_bias", lambda: _array(self.module.bias))
+        elif self.module.bias is not None:
+            bias = self.initializer("float_bias", lambda: _array(self.module.bias))
         attributes: dict[str, Any] = {"strides": list(self.module.stride), "pads": [*self.module.padding, *self.module.padding]}
         attributes |= {"dilations": list(self.module.dilation), "group": self.module.groups, "kernel_shape": list(self.q.shape[2:])}
         return self.op("Conv", x, weight, bias, output="product", **attributes)

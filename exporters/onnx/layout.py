@@ -57,8 +57,8 @@ class Layout:
     """Where the codes of one layer go."""
 
     op: str
-    """MatMulNBits, DequantizeLinear, Unpack (Cast and Mul), QDQ (int8, for an integer product), MatMulInteger, GatherBlockQuantized, or Gather
-    (8-bit rows)."""
+    """MatMulNBits, DequantizeLinear, Unpack (Cast and Mul), QDQ (int8, for an integer product), MatMulInteger, GatherBlockQuantized, or
+    Gather (8-bit rows)."""
     bits: int
     """Bits per code in the file: 2, 4 or 8."""
     block: int
@@ -148,7 +148,7 @@ def _in_groups(layer: PackedLayer) -> bool:
 def _check_activation(layer: PackedLayer, reads: str, weights: str, profile: Profile) -> None:
     """Refuse activations of an integer product that onnxruntime has not; those on edges are checked where they stand."""
     fake: Any = getattr(layer, "activation_fake", None)
-    grid = fake.grid if fake is not None else None
+    grid: Any = None if fake is None else fake.grid
     if weights not in ("auto", "dequantize_linear"):
         what = f"on {grid.describe()}" if grid is not None else "quantized on the graph's edge"
         raise Refused(f"its input is {what}, which weights={weights} would compute in float; the nearest is export.onnx.weights=auto")
@@ -160,11 +160,13 @@ def _check_activation(layer: PackedLayer, reads: str, weights: str, profile: Pro
     if reads != "dynamic":
         return
     if profile.fixed:
-        raise Refused("its input has a dynamic range, and no mobile provider has DynamicQuantizeLinear; set quantizer.activation_range=static")
+        raise Refused(
+            "its input has a dynamic range, and no mobile provider has DynamicQuantizeLinear; set quantizer.activation_range=static"
+        )
     if grid.granularity != "tensor" or grid.rule != "minmax_onnx" or grid.bits != 8:
         raise Refused(
-            f"its input is on {grid.describe()} with a dynamic range, and onnxruntime's DynamicQuantizeLinear has one scale and zero point for the "
-            "whole tensor; the nearest is quantizer.activation.granularity=tensor quantizer.activation.rule=minmax_onnx quantizer.activation.bits=8"
+            f"its input is on {grid.describe()} with a dynamic range, and onnxruntime's DynamicQuantizeLinear has one scale and zero point "
+            "for the whole tensor; the nearest is grid@quantizer.activation=int8_activation (8 bits, granularity=tensor, rule=minmax_onnx)"
         )
 
 
@@ -172,7 +174,7 @@ def _check_saturation(q: QuantizedTensor, key: str) -> None:
     largest = int(q.codes.to(torch.int16).abs().max()) if q.codes.numel() else 0
     if largest > SATURATES_ABOVE or "zero_point" in q.params:
         raise Refused(
-            f"profile=x86_avx2 is for processors whose 8-bit products saturate when weights have codes beyond {SATURATES_ABOVE} or zero points "
+            f"profile=x86_avx2 is for processors whose products saturate when weights have codes beyond {SATURATES_ABOVE} or zero points "
             f"(here codes up to {largest}); set {key}.bits=7 {key}.rule=absmax, or export.onnx.profile=x86 for those with VNNI"
         )
 

@@ -22,13 +22,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 
 from exporters.onnx.build import FLOAT, Builder, int4
 from exporters.onnx.integer import IntegerLowering
 from exporters.onnx.layout import Layout, block_params, pack, signed_codes
 from exporters.onnx.profile import PROFILES, Profile
 from exporters.onnx.trace import CONTRIB, DOMAIN
-
 
 _int4 = int4
 
@@ -55,7 +55,8 @@ def lower(
     unused = dict.fromkeys(layouts)
     builder = Builder(model.graph, profile, fuse and profile.contrib)
     if builder.contrib and profile.attention:
-        unused = {n: None for n in unused if n not in attention.fuse(builder, modules, layouts)}
+        for name in attention.fuse(builder, modules, layouts):
+            unused.pop(name)
     for node in [n for n in model.graph if n.domain == DOMAIN]:
         name = node.attributes["layer"].as_string()
         unused.pop(name, None)
@@ -66,6 +67,7 @@ def lower(
             f"leave them in float: quantizer.keep_float=[{','.join(list(unused)[:3])}]"
         )
     edges.tidy(builder)
+    passes.RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(DOMAIN, None)
     model.opset_imports.setdefault(CONTRIB, 1)
 

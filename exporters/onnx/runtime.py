@@ -11,7 +11,6 @@ import os
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import onnxruntime
 import psutil
@@ -43,16 +42,52 @@ def open_session(model: Path | bytes) -> onnxruntime.InferenceSession:
 
 
 def run(session: onnxruntime.InferenceSession, inputs: Inputs) -> Tensor:
-    """The first output, float32.
+    """The first output, float32. A graph with fixed shapes gets its batch size at a time, and sequences filled up with zeros (no mask).
 
     Raises:
-        ValueError: if an input of the graph is not given.
+        ValueError: if an input of the graph is not given, or is longer than a fixed shape.
     """
-    wanted = [i.name for i in session.get_inputs()]
-    missing = [n for n in wanted if n not in inputs]
+    shapes = {i.name: i.shape for i in session.get_inputs()}
+    missing = [n for n in shapes if n not in inputs]
     if missing:
         raise ValueError(f"the graph needs inputs {', '.join(missing)}, which a batch of the test split lacks (it has {', '.join(inputs)})")
-    return torch.from_numpy(session.run(None, {n: inputs[n].detach().cpu().numpy() for n in wanted})[0])
+    given = {n: inputs[n].detach().cpu() for n in shapes}
+    count = len(next(iter(given.values())))
+    batch = next(iter(shapes.values()))[0]
+    if not isinstance(batch, int):
+        return torch.from_numpy(session.run(None, {n: x.numpy() for n, x in given.items()})[0])
+    given = {n: _filled(x, shapes[n]) for n, x in given.items()}
+    pieces = []
+    for start in range(0, count, batch):
+        piece = {n: x[start : start + batch] for n, x in given.items()}
+        size = len(next(iter(piece.values())))
+        full = {n: torch.cat([x, x[:1].expand(batch - size, *x.shape[1:])]) for n, x in piece.items()}
+        pieces.append(torch.from_numpy(session.run(None, {n: x.numpy() for n, x in full.items()})[0])[:size])
+    return torch.cat(pieces)
+
+
+def _filled(x: Tensor, shape: list[int]) -> Tensor:
+    """``x`` with zeros behind its sequences, up to a fixed length."""
+    if x.ndim != 2 or x.is_floating_point() or x.shape[1] == shape[1]:
+        return x
+    if x.shape[1] > shape[1]:
+        raise ValueError(
+            f"the file takes sequences of {shape[1]} tokens, the test split has one of {x.shape[1]}; set export.onnx.length={x.shape[1]}"
+        )
+    return torch.nn.functional.pad(x, (0, shape[1] - x.shape[1]))
+
+
+def fixed_example(example: Inputs, batch: int, length: int) -> Inputs:
+    """``example`` with ``batch`` examples, and sequences of ``length`` tokens (repeated, or cut)."""
+    made = {}
+    for name, x in example.items():
+        repeats = [-(-batch // len(x)), *[1] * (x.ndim - 1)]
+        sequence = length and x.ndim == 2 and not x.is_floating_point()
+        if sequence:
+            repeats[1] = -(-length // x.shape[1])
+        x = x.repeat(*repeats)[:batch]
+        made[name] = x[:, :length].contiguous() if sequence else x.contiguous()
+    return made
 
 
 def logits(path: Path, batches: list[tuple[Inputs, Tensor]]) -> Tensor:
@@ -65,15 +100,22 @@ def logits(path: Path, batches: list[tuple[Inputs, Tensor]]) -> Tensor:
 
 
 def latency(paths: dict[str, Path], batches: list[int], length: int, repeats: int, example: Inputs, vocab_size: int) -> Latency:
-    """Median milliseconds per shape `batch x length`; the models take turns, so that a busy machine slows all of them alike."""
+    """Median milliseconds per shape; the models take turns, so that a busy machine slows all of them alike.
+
+    A shape is `batch x length` where there are sequences, else that of the first input: `8x3x32x32`.
+    """
     sessions = {name: open_session(path) for name, path in paths.items()}
     result: Latency = {name: {} for name in sessions}
     for batch in batches:
         feed = random_inputs(example, batch, length, vocab_size)
-        shape = f"{batch}x{length}"
+        shape = "x".join(map(str, (batch, length) if _has_sequences(feed) else next(iter(feed.values())).shape))
         for name, milliseconds in interleaved(sessions, feed, repeats).items():
             result[name][shape] = round(median(milliseconds), 4)
     return result
+
+
+def _has_sequences(inputs: Inputs) -> bool:
+    return any(x.ndim == 2 and not x.is_floating_point() for x in inputs.values())
 
 
 def interleaved(sessions: dict[str, onnxruntime.InferenceSession], feed: Inputs, repeats: int) -> dict[str, list[float]]:

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from exporters.base import Inputs, standalone_activations, packed_layers
+from exporters.base import Inputs, packed_layers, standalone_activations
 
 DOMAIN = "qtrain"
 """Of the opaque nodes; none is left in a file."""

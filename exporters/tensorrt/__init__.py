@@ -20,12 +20,14 @@ stands under `checks` with what it did, and what did not run says so:
     qdq_lint                          TensorRT's rules (`rules.py`)
     packed_tensors                    codes and scales on disk, decoded by onnxruntime, are training's to the bit
     fp16_parity                       logits with every float16 tensor rounded, against float32, at rtol = atol = 5e-3
-    rtx_compile                       NVIDIA's own parser and builder took the file (package tensorrt-rtx-cu13, on the CPU); not run
+    rtx_compile                       NVIDIA's own parser and builder took the file (package tensorrt-rtx-cu13, on the CPU), with how many
+                                      products read int8; not run
     engine                            built, run and compared on a GPU; else "not built: <why>"
 
-**Never run on hardware**: the engine, `runtime=rtx`, and both scripts beyond their first error; there was no GPU. They follow NVIDIA's
-documentation. What TensorRT's kernels do differently from the reference: they multiply by the reciprocal of a scale where ONNX divides, so
-that a value exactly between two codes may go to the other one; and fused kernels round to float16 less often.
+**Never run on hardware**: the engine, `runtime=rtx`, and what both scripts do on a GPU; there was none. They follow NVIDIA's documentation;
+the builder's calls ran on TensorRT for RTX's builder, which has the same API and needs no GPU. What TensorRT's kernels do differently from
+the reference: they multiply by the reciprocal of a scale where ONNX divides, so that a value exactly between two codes may go to the other
+one; and fused kernels round to float16 less often.
 
 What it cannot do: asymmetric, dynamic, per-token or grouped activations; groups other than int4's 64 and 128; scales with a sign; dynamic
 axes other than batch and sequence; opset 23's float32 scales on float16 tensors without casts (onnxruntime 1.31 does not run those).
@@ -110,7 +112,7 @@ class TensorrtExport(Exporter):
     timing_cache: str = "timing.cache"
     """File beside the model that keeps TensorRT's timings, so that a second build is quick; empty keeps none."""
     runtime: str = "auto"
-    """auto (build and run the engine where possible), tensorrt (demand it), rtx (demand TensorRT for RTX), onnxruntime (build none)."""
+    """auto (build and run what this machine can), tensorrt (demand it), rtx (demand TensorRT for RTX), onnxruntime (compile and build none)."""
 
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, PRECISIONS)
@@ -125,10 +127,8 @@ class TensorrtExport(Exporter):
         for name, least in {"data_max": 0.0, "workspace_gib": 0.0, "rtol": -1e-30, "atol": -1e-30}.items():
             value = getattr(self, name)
             if not value > least:
-                default = type(self).__dataclass_fields__[name].default
-                raise ValueError(
-                    f"export.tensorrt.{name} is {value}; it must be {'positive' if least == 0 else '0 or more'}. Set {default}, say."
-                )
+                valid, default = "positive" if least == 0 else "0 or more", type(self).__dataclass_fields__[name].default
+                raise ValueError(f"export.tensorrt.{name} is {value}; it must be {valid}. Set export.tensorrt.{name}={default}, say.")
         if "/" in self.timing_cache or "\\" in self.timing_cache:
             raise ValueError(
                 f"export.tensorrt.timing_cache is {self.timing_cache!r}; it names a file beside the model, without a folder. "
@@ -186,42 +186,57 @@ class TensorrtExport(Exporter):
 
     def write(self, job: ExportJob, folder: Path) -> TensorrtArtefact:
         """Write the network and what lies beside it, and check what needs no runtime."""
-        import qtrain
-        from exporters.onnx import trace
-        from exporters.onnx.write import metadata_of, save
-        from exporters.tensorrt import precision, reference, scripts
+        from exporters.onnx.write import save
+        from exporters.tensorrt import precision, reference
         from exporters.tensorrt.check import Checks, check_file, check_parity
-        from exporters.tensorrt.layout import plan
-        from exporters.tensorrt.lower import lower
 
-        layers = packed_layers(job.model)
-        graph = trace.trace(job.model, job.example_inputs, job.max_length, OPSET)
-        lower(graph, layers, activation_modules(job.model), {name: plan(layer) for name, layer in layers.items()})
-        precision.normalize(graph)
-        ranges = self.ranges(graph, job.max_length)
-        profile = _profile(graph, ranges)
         checks, fallbacks = Checks(), []
+        graph = self._graph(job)
+        ranges = self.ranges(graph, job.max_length)
         single = graph
         if self.precision == "fp16":
             single = graph.clone()
             measured = reference.measure(single, reference.first_examples(job.batches, MEASURED_EXAMPLES))
             report = precision.to_half(graph, measured, self.data_max)
-            fallbacks += [{"name": k.node, "why": _kept(k)} for k in report.kept]
+            fallbacks += _kept(report.kept)
             checks.passed("precision", _summary(report))
-        graph.producer_name = "qtrain"
-        graph.metadata_props.clear()
-        graph.metadata_props.update(metadata_of(layers, job.metadata, qtrain.__version__))
-        graph.metadata_props.pop("qtrain.session_config", None)
         path = folder / "model.onnx"
         files = save(graph, path)
-        check_file(path, {axis: sizes[1] for axis, sizes in ranges.items()}, profile, checks)
-        activations = quantizes_activations(job.model)
+        settings = self._settings(job, path, _profile(graph, ranges))
+        usual = {axis: sizes[1] for axis, sizes in ranges.items()}
+        check_file(path, usual, settings["profile"], self.wanted != "onnxruntime", checks)
         if self.precision == "fp16":
+            activations = quantizes_activations(job.model)
             check_parity(path, single, job.batches, job.training_logits, activations, self.rtol, self.atol, checks)
         else:
             checks.not_run("fp16_parity", "precision=fp32")
-        tolerances = self.tolerances.for_activations() if activations else self.tolerances
-        settings = {
+        self._write_beside(job, folder, settings)
+        return TensorrtArtefact(path, files, fallbacks=fallbacks + checks.advice, checks=checks, settings=settings)
+
+    def _graph(self, job: ExportJob) -> Any:
+        """The float32 network with all codes in."""
+        import qtrain
+        from exporters.onnx import trace
+        from exporters.onnx.write import metadata_of
+        from exporters.tensorrt.layout import plan
+        from exporters.tensorrt.lower import lower
+        from exporters.tensorrt.precision import normalize
+
+        layers = packed_layers(job.model)
+        graph = trace.trace(job.model, job.example_inputs, job.max_length, OPSET)
+        lower(graph, layers, activation_modules(job.model), {name: plan(layer) for name, layer in layers.items()})
+        normalize(graph)
+        metadata = metadata_of(layers, job.metadata, qtrain.__version__)
+        metadata.pop("qtrain.session_config", None)  # of another runtime
+        graph.producer_name = "qtrain"
+        graph.metadata_props.clear()
+        graph.metadata_props.update(metadata)
+        return graph
+
+    def _settings(self, job: ExportJob, path: Path, profile: dict[str, Any]) -> dict[str, Any]:
+        """What engine.json holds."""
+        tolerances = self.tolerances.for_activations() if quantizes_activations(job.model) else self.tolerances
+        return {
             "onnx": path.name,
             "output": "logits",
             "profile": profile,
@@ -229,12 +244,16 @@ class TensorrtExport(Exporter):
             "timing_cache": self.timing_cache,
             "logits_nmse": tolerances.logits_nmse,
         }
-        inputs = scripts.reference_examples(job.batches, min(REFERENCE_EXAMPLES, self.max_batch))
-        count = len(next(iter(inputs.values())))
-        computed = reference.logits(path, [(inputs, job.batches[0][1][:count])])
+
+    def _write_beside(self, job: ExportJob, folder: Path, settings: dict[str, Any]) -> None:
+        from exporters.tensorrt import reference, scripts
+
+        inputs, labels = job.batches[0]
+        rows = scripts.reference_rows(len(labels), self.min_batch, min(REFERENCE_EXAMPLES, self.max_batch))
+        inputs = {name: x[rows] for name, x in inputs.items()}
+        computed = reference.logits(folder / settings["onnx"], [(inputs, labels[rows])])
         name = job.metadata.get("recipe", "quantized model")
-        scripts.write_beside(folder, settings, (inputs, scripts.rows(job.training_logits, count), computed), name, self.precision)
-        return TensorrtArtefact(path, files, fallbacks=fallbacks + checks.advice, checks=checks, settings=settings)
+        scripts.write_beside(folder, settings, (inputs, job.training_logits.cpu()[rows], computed), name, self.precision)
 
     def packed(self, model: nn.Module) -> dict[str, Callable[[], Tensor]]:
         return packed_weights(model) | packed_activations(model)
@@ -340,7 +359,7 @@ class TensorrtExport(Exporter):
             return
         try:
             result = engine.build_and_compare(folder, artefact.settings)
-        except RuntimeError as error:
+        except (RuntimeError, ImportError) as error:
             checks.failed("engine", str(error))
             return
         what = (
@@ -388,9 +407,17 @@ def _one_of(name: str, given: str, valid: tuple[str, ...]) -> None:
         raise ValueError(f"export.tensorrt.{name} is {given!r}; valid: {', '.join(valid)}. Set export.tensorrt.{name}={valid[0]}, say.")
 
 
-def _kept(kept: Any) -> str:
-    largest = "" if kept.maximum is None else f" (largest magnitude {kept.maximum:.4g})"
-    return f"{kept.op} stays in float32: {kept.why}{largest}"
+def _kept(kept: list[Any]) -> list[dict[str, str]]:
+    """All nodes that stay in float32, one entry per operator and reason, with the largest magnitude among them."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for one in kept:
+        groups.setdefault((one.op, one.why), []).append(one)
+    found = []
+    for (op, why), nodes in groups.items():
+        largest = max((n.maximum for n in nodes if n.maximum is not None), default=None)
+        seen = "" if largest is None else f" (largest magnitude {largest:.4g})"
+        found.append({"name": ", ".join(n.node for n in nodes), "why": f"{op} stays in float32: {why}{seen}"})
+    return found
 
 
 def _summary(report: Any) -> str:

@@ -44,12 +44,15 @@ class Checks:
         self.results[name] = f"not run: {why}"
 
 
-def check_file(path: Path, dims: Dims, profile: Profile, checks: Checks) -> None:
+def check_file(path: Path, dims: Dims, profile: Profile, compile_too: bool, checks: Checks) -> None:
     """onnx's checker, strict shape inference, TensorRT's rules, and the parser and builder of TensorRT for RTX where it is installed."""
     _onnx_checker(path, checks)
     _shape_inference(path, checks)
     _lint(path, dims, checks)
-    _compile(path, profile, checks)
+    if compile_too:
+        _compile(path, profile, checks)
+    else:
+        checks.not_run("rtx_compile", "export.tensorrt.runtime=onnxruntime")
 
 
 def _onnx_checker(path: Path, checks: Checks) -> None:
@@ -76,17 +79,16 @@ def _lint(path: Path, dims: Dims, checks: Checks) -> None:
     normalize(model)
     findings = lint(model, dims)
     broken = [f for f in findings if f.required]
-    advice: dict[str, list[str]] = {}
+    grouped: dict[str, list[str]] = {}
     for finding in findings:
         if not finding.required:
-            advice.setdefault(f"TensorRT ({finding.rule}): {finding.message}", []).append(finding.node)
-    checks.advice += [{"name": _names(nodes), "why": why} for why, nodes in advice.items()]
+            grouped.setdefault(f"TensorRT ({finding.rule}): {finding.message}", []).append(finding.node)
+    checks.advice += [{"name": _names(nodes), "why": why} for why, nodes in grouped.items()]
     if broken:
         shown = "; ".join(map(str, broken[:3])) + (f"; and {len(broken) - 3} more" if len(broken) > 3 else "")
         checks.failed("qdq_lint", shown)
     else:
-        advice = f", {len(findings)} pieces of advice" if findings else ""
-        checks.passed("qdq_lint", f"{len(RULES)} rules{advice}")
+        checks.passed("qdq_lint", f"{len(RULES)} rules" + (f"; places with advice: {len(findings)}" if findings else ""))
 
 
 def _compile(path: Path, profile: Profile, checks: Checks) -> None:
@@ -96,13 +98,12 @@ def _compile(path: Path, profile: Profile, checks: Checks) -> None:
         return
     version = f"TensorRT for RTX {trt.__version__}"
     try:
-        plan = rtx.compile_ahead(trt, path, profile)
+        plan, int8 = rtx.compile_ahead(trt, path, profile)
     except rtx.Rejected as error:
-        checks.failed("rtx_compile", f"{version} does not take the file: {error}")
+        checks.failed("rtx_compile", f"{version} does not take the file: {error}. Set export.tensorrt.runtime=onnxruntime to leave it out")
     else:
-        checks.passed(
-            "rtx_compile", f"{version} compiled it ahead of time for {', '.join(rtx.TARGETS)} ({len(plan):,} bytes); it was not run"
-        )
+        what = f"{version} compiled it ahead of time for {', '.join(rtx.TARGETS)} ({len(plan):,} bytes), {int8} products on int8"
+        checks.passed("rtx_compile", f"{what}; it was not run")
 
 
 def check_parity(

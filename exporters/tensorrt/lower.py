@@ -6,8 +6,9 @@
     embedding    Gather(DQ(codes int8 [V, D], scales [V], axis 0), ids): TensorRT gathers no int8, and compiles this to a gather of codes
     activation   x -> Q -> DQ
 
-Nodes are named after the layer, since TensorRT's logs name them, and so are initializers, `<layer>.codes` and `<layer>.scales`, and `<activation>.scale`; a layer that the model calls twice
-keeps one set. A scale of a grid whose values are all zero is the smallest number that its type has, which TensorRT takes.
+Nodes are named after the layer, since TensorRT's logs name them, and so are initializers: `<layer>.codes`, `<layer>.scales`, and
+`<activation>.scale`. A layer that the model calls twice keeps one set. Scales of activations are scalars: a vector of one is accepted,
+but TensorRT-RTX 1.7 then computes the convolution behind it in float.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ class _Lowering:
 
     def _initializer(self, name: str, make: Any, int4: bool = False) -> ir.Value:
         if name not in self.graph.initializers:
-            array = np.ascontiguousarray(make()) if not int4 else make()
-            tensor = int4_tensor(np.ascontiguousarray(array), name) if int4 else ir.Tensor(array, name=name)
+            array = np.asarray(make(), order="C")  # np.ascontiguousarray would make a scalar a vector, which TensorRT-RTX does not fuse
+            tensor = int4_tensor(array, name) if int4 else ir.Tensor(array, name=name)
             value = ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(tensor.dtype))
             self.graph.register_initializer(value)
         return self.graph.initializers[name]

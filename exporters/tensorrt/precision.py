@@ -52,10 +52,12 @@ MOVES = operator_set(
     "SpaceToDepth Where MaxPool GlobalMaxPool Relu Neg Abs Max Min Dropout"
 )
 """Operators whose outputs are among their inputs' values, up to sign and zero: they round nothing."""
+PASSES = operator_set("Cast Reshape Transpose Squeeze Unsqueeze Flatten Slice Identity MaxPool DepthToSpace SpaceToDepth")
+"""Operators behind which a value is still on the grid that it was on."""
 LIGHT = MOVES | operator_set(
     "Add Sub Mul Div LeakyRelu PRelu Clip Sigmoid HardSigmoid HardSwish Mish Tanh Erf Gelu Elu Selu Celu Softplus Softsign Sqrt Reciprocal "
-    "Pow Exp Log Floor Ceil Round Sign Sum Mean Cast AveragePool GlobalAveragePool Mod Trilu IsNaN IsInf Equal Greater GreaterOrEqual "
-    "Less LessOrEqual ArgMax ArgMin"
+    "Pow Exp Log Floor Ceil Round Sign Sum Mean Cast AveragePool GlobalAveragePool ReduceMean Mod Trilu IsNaN IsInf Equal Greater "
+    "GreaterOrEqual Less LessOrEqual ArgMax ArgMin"
 )
 """Operators cheap enough that float32 costs less than two casts."""
 SMOOTHING = ".inverse_smoothing"
@@ -318,12 +320,18 @@ def is_float(value: ir.Value | None) -> bool:
     return value is not None and value.dtype in (FLOAT, HALF)
 
 
-def dequantized(value: ir.Value | None) -> bool:
-    """Whether a DequantizeLinear makes it, or a cast behind one."""
+def decoder(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that makes a value, with nothing between that changes one: TensorRT moves it behind those."""
     node = None if value is None else value.producer()
-    if node is not None and node.op_type == "Cast":
-        return dequantized(node.inputs[0])
-    return node is not None and node.op_type == "DequantizeLinear"
+    while node is not None and node.op_type in PASSES and node.inputs:
+        value = node.inputs[0]
+        node = None if value is None else value.producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def dequantized(value: ir.Value | None) -> bool:
+    """Whether a value is on a grid."""
+    return decoder(value) is not None
 
 
 def is_weight(dequantize: ir.Node) -> bool:

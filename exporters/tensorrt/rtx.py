@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +34,7 @@ Profile = dict[str, dict[str, list[int]]]
 
 def unavailable() -> str:
     """Why the file cannot be run by TensorRT for RTX here; empty where it can."""
-    missing = [] if importlib.util.find_spec(PLUGIN) else [f"no package {PLUGIN_PACKAGE} (pip install {PLUGIN_PACKAGE})"]
+    missing = [] if importlib.util.find_spec(PLUGIN) else [f"no package {PLUGIN_PACKAGE}"]
     if not has_gpu():
         missing.append("no CUDA GPU")
     return " and ".join(missing)
@@ -93,14 +94,15 @@ class Rejected(ValueError):
     """TensorRT's parser or builder does not take the file."""
 
 
-def compile_ahead(trt: Any, path: Path, profile: Profile, targets: tuple[str, ...] = TARGETS) -> bytes:
-    """The engine for ``targets``, made on the CPU.
+def compile_ahead(trt: Any, path: Path, profile: Profile, targets: tuple[str, ...] = TARGETS) -> tuple[bytes, int]:
+    """The engine for ``targets``, made on the CPU, and how many of its products read int8.
 
     Raises:
         Rejected: with the reasons of the parser or the builder.
     """
     messages: list[str] = []
-    logger = _logger(trt, messages)
+    layers: list[str] = []
+    logger = _logger(trt, messages, layers)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -108,6 +110,7 @@ def compile_ahead(trt: Any, path: Path, profile: Profile, targets: tuple[str, ..
         reasons = [str(parser.get_error(i)) for i in range(parser.num_errors)]
         raise Rejected("its ONNX parser: " + "; ".join(reasons or messages))
     config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that the log lists the layers
     known = [t for t in targets if t in trt.ComputeCapability.__members__]
     config.num_compute_capabilities = len(known)
     for i, target in enumerate(known):
@@ -120,12 +123,18 @@ def compile_ahead(trt: Any, path: Path, profile: Profile, targets: tuple[str, ..
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise Rejected("its builder: " + ("; ".join(messages) or "no reason given"))
-    return bytes(plan)
+    return bytes(plan), sum(int8_products(text) for text in layers[:1])
 
 
-def _logger(trt: Any, messages: list[str]) -> Any:
+def int8_products(layers: str) -> int:
+    """How many convolutions and matrix products in the builder's list of layers read an int8 tensor."""
+    products = re.findall(r"LayerType: (?:gemm|correlation|runtime_fusion|fc), Inputs: (.*?), Constants:", layers)
+    return sum("Datatype: Int8" in inputs for inputs in products)
+
+
+def _logger(trt: Any, messages: list[str], layers: list[str]) -> Any:
     class Errors(trt.ILogger):  # type: ignore[misc, name-defined]
-        """Keeps errors, prints nothing."""
+        """Keeps errors and the list of layers, prints nothing."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -133,5 +142,7 @@ def _logger(trt: Any, messages: list[str]) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.Severity.ERROR:
                 messages.append(message)
+            elif message.startswith("Layers:"):
+                layers.append(message)
 
     return Errors()

@@ -1,14 +1,15 @@
 """TensorRT's rules for an ONNX graph with QuantizeLinear and DequantizeLinear (Q and DQ below), one function each.
 
-A *requirement* is what TensorRT's parser or builder refuses, so that the receipt fails; *advice* is what its documentation recommends for
-speed: the file computes the same, TensorRT just runs that part in another type, and the receipt lists it as a fallback.
+A *requirement* is what TensorRT's parser or builder refuses, or its documentation rules out: the receipt fails. *Advice* is what the
+documentation recommends for speed: the file computes the same, TensorRT just runs that part in another type, and the receipt lists it as
+a fallback.
 
     domain          requirement  operators of ONNX itself only: com.microsoft's are onnxruntime's
-    opset           requirement  19 (21 for int4 and blocks) to 24
+    opset           requirement  13 to 24; float16 scales need 19, int4 and blocks 21
     operators       requirement  none that TensorRT does not have (DynamicQuantizeLinear, MatMulInteger, QLinearConv, …)
     zero_point      requirement  zero, of the type of the codes
     scale           requirement  a constant, finite, greater than 0
-    granularity     requirement  activations have one scale; a weight one, or one per output channel along the right axis
+    granularity     requirement  activations have one scale, a scalar; a weight one, or one per output channel along the right axis
     blocks          requirement  int4 only, 64 or 128 values along one axis, weights that meet float activations
     pairs           requirement  the output of a Q is read by DQs of the same scale, and by nothing else
     constants       requirement  quantized constants are read by DQ only
@@ -23,8 +24,9 @@ speed: the file computes the same, TensorRT just runs that part in another type,
 
 Sources: NVIDIA TensorRT documentation, "Explicit Quantization" (Q/DQ placement recommendations, limitations), "Working with Quantized
 Types", "Strongly Typed Networks"; onnx-tensorrt, docs/operators.md (opsets, operators) and onnxOpImporters.cpp; NVIDIA ModelOpt's int8
-placement (GEMV, sides and channels below 16). The requirements among these that a graph can break were tried on the parser and builder of
-TensorRT-RTX 1.7.1: the tests repeat that where its package is installed.
+placement (GEMV, sides and channels below 16). TensorRT for RTX 1.7.1 itself refuses what breaks domain, operators, zero_point, a scale's
+sign, constants, bias (int32) and types; it takes some of the rest (int8 blocks, other block sizes, computed scales), which TensorRT's
+documentation does not promise. The tests ask it where its package is installed.
 """
 
 from __future__ import annotations
@@ -36,10 +38,11 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.tensorrt.layout import BLOCKS
-from exporters.tensorrt.precision import PRODUCTS, dequantized, is_product_of_codes, is_weight, is_weight_only, operator_set
+from exporters.tensorrt.precision import PRODUCTS, decoder, dequantized, is_product_of_codes, is_weight, is_weight_only, operator_set
 
-OPSETS = (19, 24)
-BLOCK_OPSET = 21
+OPSETS = (13, 24)
+"""The first with scales per channel, and the last that TensorRT 10.15 to 11.2 read."""
+HALF_OPSET, BLOCK_OPSET = 19, 21
 INT4 = (ir.DataType.INT4, ir.DataType.UINT4)
 QUANTIZED = (ir.DataType.INT8, ir.DataType.INT4, ir.DataType.UINT4)
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
@@ -100,10 +103,13 @@ def opset(model: ir.Model, dims: Dims) -> Found:
     version = model.opset_imports.get("", 0)
     least, most = OPSETS
     if not least <= version <= most:
-        yield "the file", f"opset {version}; TensorRT 10.15 to 11.4 read to {most}, and float16 scales need {least}"
-    for node in _all(model, "DequantizeLinear"):
+        yield "the file", f"opset {version}; TensorRT reads {least} to {most}"
+    for node in _codes(model):
+        scale = node.inputs[1]
         if version < BLOCK_OPSET and (_block(node) or _codes_type(node) in INT4):
             yield _name(node), f"int4 and blocks need opset {BLOCK_OPSET}, not {version}"
+        elif version < HALF_OPSET and scale is not None and scale.dtype == ir.DataType.FLOAT16:
+            yield _name(node), f"float16 scales need opset {HALF_OPSET}, not {version}"
 
 
 def operators(model: ir.Model, dims: Dims) -> Found:
@@ -149,7 +155,11 @@ def granularity(model: ir.Model, dims: Dims) -> Found:
     """One scale per activation; one scale, or one per output channel, per weight."""
     for node in _codes(model):
         value = node.inputs[1]
-        if value is None or value.const_value is None or value.const_value.size == 1 or _block(node):
+        if value is None or value.const_value is None or _block(node):
+            continue
+        if value.const_value.size == 1:
+            if len(value.const_value.shape) and not (node.op_type == "DequantizeLinear" and is_weight(node)):
+                yield _name(node), "its scale is a vector of one number; a scalar is what TensorRT fuses with the product behind it"
             continue
         if node.op_type == "QuantizeLinear" or not is_weight(node):
             yield _name(node), f"{value.const_value.size} scales on an activation; it has one (quantizer.activation.granularity=tensor)"
@@ -278,7 +288,7 @@ def both_operands(model: ir.Model, dims: Dims) -> Found:
         first, second = dequantized(node.inputs[0]), dequantized(node.inputs[1])
         if first and not second:
             yield _name(node), "its input is on codes and its weight is not, so that it runs in float"
-        if second and not first and (weight := _decoder(node.inputs[1])) is not None and _codes_type(weight) not in INT4:
+        if second and not first and (weight := decoder(node.inputs[1])) is not None and _codes_type(weight) not in INT4:
             yield _name(node), "its weight is int8 and its input is not, so that it runs in float: smaller, not faster"
 
 
@@ -384,14 +394,6 @@ def _same(a: ir.Value | None, b: ir.Value | None) -> bool:
     if a is None or b is None or a.const_value is None or b.const_value is None:
         return a is b
     return bool(np.array_equal(a.const_value.numpy().reshape(-1).astype(np.float32), b.const_value.numpy().reshape(-1).astype(np.float32)))
-
-
-def _decoder(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear that makes a value, behind a cast or not."""
-    node = None if value is None else value.producer()
-    if node is not None and node.op_type == "Cast":
-        return _decoder(node.inputs[0])
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def _channel_axis(user: ir.Node, index: int, rank: int) -> int | None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from exporters.base import Inputs
@@ -86,15 +85,10 @@ def shell_script(settings: dict[str, Any]) -> str:
     )
 
 
-def reference_examples(batches: list[tuple[Inputs, Tensor]], most: int) -> Inputs:
-    """The first batch's inputs, at most ``most`` examples."""
-    return {n: x[:most] for n, x in batches[0][0].items()}
+def reference_rows(count: int, least: int, most: int) -> list[int]:
+    """Which of ``count`` examples the reference has: the first ``most``, repeated where the engine takes no fewer than ``least``."""
+    return [i % count for i in range(max(least, min(count, most)))]
 
 
 def _x(shape: list[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def rows(tensor: Tensor, count: int) -> Tensor:
-    """The first ``count`` rows, on the CPU."""
-    return tensor[:count].detach().to("cpu", torch.float32)

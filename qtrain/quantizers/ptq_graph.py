@@ -3,12 +3,12 @@
     pt2e   torch.export -> prepare_pt2e -> calibrate -> convert_pt2e (torchao)
     fx     prepare_fx -> calibrate -> convert_fx (torch.ao), for convolutional networks; deprecated, pt2e replaces it
 
-For comparison with `ptq_static`, and for models whose grid is to be that of torch.compile's x86 or ARM backends, or of XNNPACK. The result is
-lowered to qtrain's layers (`qtrain/lowering.py`) with torch's codes and scales, so that every exporter packs it; activations are rounded as
-the runtimes do it (divided by the scale, where torch multiplies by its inverse).
+For comparison with `ptq_static`, and for models whose grid is to be that of torch.compile's x86 or ARM backends, or of XNNPACK. The result
+is lowered to qtrain's layers (`qtrain/lowering.py`) with torch's codes and scales, so that every exporter packs it; activations are rounded
+as the runtimes do it (divided by the scale, where torch multiplies by its inverse).
 
-Ranges come from torch's histogram observer (least squared error over 2048 bins); grids are in `qtrain/pt2e.py`. What it cannot do: models whose
-Python decides by values, other grids, other observers; `ptq_static` swaps layers and needs no graph.
+Ranges come from torch's histogram observer (least squared error over 2048 bins); grids are in `qtrain/pt2e.py`. What it cannot do: models
+whose Python decides by values, other grids, other observers; `ptq_static` swaps layers and needs no graph.
 """
 
 from __future__ import annotations
@@ -44,17 +44,8 @@ class PtqGraph(GraphScheme):
     def _observed(
         self, model: nn.Module, example: dict[str, Any], chosen: dict[str, nn.Module], kept: list[str]
     ) -> tuple[nn.Module, list[str]]:
-        if self.flow == "pt2e":
-            return super()._observed(model, example, chosen, kept)
-        from qtrain import observed
-
-        observed.require_convolutions(model)
-        why = "deprecated in torch, which will remove it; quantizer.flow=pt2e (torch.export and torchao) replaces it"
-        self.fallbacks.append({"name": "quantizer.flow=fx", "why": why})
-        prepared = observed.put_legacy_observers(model, example, self.backend, kept)
-        missing = observed.left_out(prepared, chosen, self.backend)
-        self.fallbacks += missing
-        return prepared, sorted([*kept, *(note["name"] for note in missing)])
+        observe = self._observed_by_fx if self.flow == "fx" else super()._observed
+        return observe(model, example, chosen, kept)
 
     def calibrate(self, model: nn.Module, batches: Iterable[dict[str, Any]]) -> nn.Module:
         """Run ``batches`` (keyword inputs) through torch's observers, convert with torch, and lower to qtrain's layers.
@@ -63,12 +54,7 @@ class PtqGraph(GraphScheme):
             ValueError: if there is no data, or an activation is not finite or constant, naming the layer that reads it and the batch.
         """
         model = super().calibrate(model, batches)
-        if self.flow == "pt2e":
-            return super().convert(model)
-        from qtrain.lowering import lower_fx
-        from qtrain.observed import convert_legacy
-
-        return self._finished(*lower_fx(convert_legacy(model)))  # type: ignore[arg-type]
+        return self._converted_by_fx(model) if self.flow == "fx" else super().convert(model)
 
     def convert(self, model: nn.Module) -> nn.Module:
         """Nothing: `calibrate` has done it, since torch's own rounding of activations is not the runtime's."""

@@ -35,4 +35,4 @@ class PtqStatic(Scheme):
         default_factory=lambda: ["_self_", {"/grid@weight": "int8"}, {"/grid@embedding": "int8"}, {"/grid@activation": "int8_activation"}]
     )
     activation_range: str = "static"
-    observer: str = "minmax"
+    observer: str = "percentile"

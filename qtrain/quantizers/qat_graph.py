@@ -11,11 +11,10 @@ training only (`qtrain/exported.py`). Calibration gives the ranges to start from
     freeze_step              scales and ranges stay fixed from here on
     freeze_batch_norm_step   statistics of batch-norms stay fixed from here on
 
-**What torch's convert changes.** It folds batch-norms anew and computes scales from the observed ranges a second time, in another order of
-operations, so a code here and there differs from the one that was trained; activations are then rounded as the runtimes do it. The run
-reports the difference (`convert_equals_prepare.nmse`) and exports what was converted. `quantizer=qat` has no such difference, any grid, a
-float start and learned scales; this one is for comparison, and for torch's backends. torchao's training pattern knows batch-norms with
-eps=1e-5 only (others are refused).
+**What convert changes.** Activations are rounded as the runtimes do it (divided by the scale), biases of convolutions become int32, and a
+folded batch-norm sums in another order; codes and scales of weights stay those of training (`qtrain/graph_qat.py`), which torch's own
+convert would change. The run reports the difference (`convert_equals_prepare.nmse`) and exports what was converted. `quantizer=qat` has no
+such difference, any grid, a float start and learned scales; this one is for comparison, and for torch's backends.
 """
 
 from __future__ import annotations
@@ -48,8 +47,8 @@ class QatGraph(GraphScheme):
         late = self.freeze_step is not None and self.freeze_batch_norm_step is not None and self.freeze_batch_norm_step > self.freeze_step
         if late or (self.freeze_step or 0) < 0 or (self.freeze_batch_norm_step or 0) < 0:
             raise ValueError(
-                f"freeze_step is {self.freeze_step} and freeze_batch_norm_step {self.freeze_batch_norm_step}; a batch-norm is part of the weight "
-                "whose scale is frozen, so 0 <= freeze_batch_norm_step <= freeze_step. Set quantizer.freeze_batch_norm_step=null, say."
+                f"freeze_step is {self.freeze_step} and freeze_batch_norm_step {self.freeze_batch_norm_step}; a batch-norm is part of "
+                "the weight whose scale is frozen, so 0 <= freeze_batch_norm_step <= freeze_step. Set quantizer.freeze_batch_norm_step=null"
             )
 
     def callbacks(self) -> list[Any]:

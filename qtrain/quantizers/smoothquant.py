@@ -29,5 +29,5 @@ class SmoothQuant(Scheme):
         default_factory=lambda: ["_self_", {"/grid@weight": "int8"}, {"/grid@embedding": "int8"}, {"/grid@activation": "int8_activation"}]
     )
     activation_range: str = "static"
-    observer: str = "minmax"
+    observer: str = "percentile"
     smoothquant: float | None = 0.5

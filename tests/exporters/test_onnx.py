@@ -189,7 +189,7 @@ REFUSED = [
         None,
         Affine(bits=8, granularity="token"),
         "matmul_nbits",
-        ["int8 per-token absmax", "rule=absmax_mlas", "group_size=32", "activation=null"],
+        ["int8 per-token absmax", "rule=absmax_mlas", "group_size=32", "int8_activation", "activation=null"],
     ),
     (Affine(), None, MLAS, "dequantize_linear", ["weights=dequantize_linear would compute in float", "export.onnx.weights=matmul_nbits"]),
     (Affine(), None, MLAS, "unpack", ["export.onnx.weights=matmul_nbits"]),
@@ -351,11 +351,10 @@ def test_a_transformer_is_fused_and_timed_beside_its_float_self(exported: Any) -
     folder, _, _, entry = exported
     receipt = entry["receipt"]
     assert receipt["passed"] and receipt["fallbacks"] == []
-    assert (
-        receipt["fused"]["MultiHeadAttention"] == 2
-        and receipt["fused"]["SkipLayerNormalization"] == 4
-        and receipt["fused"]["BiasGelu"] == 2
-    )
+    assert receipt["fused"] == {"MultiHeadAttention": 2, "BiasGelu": 2}
+    for name in ("model.onnx", "float.onnx"):  # onnxruntime's SkipLayerNormalization is the slower of the two
+        operators = [n.op_type for n in onnx.load(folder / name).graph.node]
+        assert operators.count("Sum") == 4 and operators.count("LayerNormalization") == 5 and "SkipLayerNormalization" not in operators
     assert set(receipt["latency_ms"]) == {"float", "quantized"} and set(receipt["latency_ms"]["float"]) == {"1x16", "8x16"}
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "float.onnx", "model.onnx", "receipt.json"]
     assert entry["bytes"] == (folder / "model.onnx").stat().st_size and receipt["float_bytes"] == (folder / "float.onnx").stat().st_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qtrain import smoothing
 from qtrain.activations import calibrate
 from qtrain.evaluate import sqnr_db
 from qtrain.grids.affine import Affine
@@ -94,6 +96,12 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smooth whatever it does to the error."""
+    monkeypatch.setattr(smoothing, "gain_db", lambda *_: 1.0)
+
+
 def smoothed(model: nn.Module, data: list[dict[str, Tensor]], alpha: float = 0.5) -> tuple[nn.Module, dict[str, Any]]:
     """A smoothed copy, which must compute the same on other data; and layer -> what it was fused with."""
     after = copy.deepcopy(model)
@@ -123,6 +131,7 @@ def test_a_channel_without_data_stays_and_one_without_weights_takes_no_part() ->
     assert s[0] == 1 and s[1] == 2 and torch.isfinite(s).all() and s[2] > 100
 
 
+@pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(WIDTH), RMSNorm, lambda: nn.RMSNorm(WIDTH)], ids=["layer", "own rms", "rms"])
 def test_in_a_pre_norm_encoder_the_norms_take_it(norm: Any, alpha: float) -> None:
@@ -135,6 +144,7 @@ def test_in_a_pre_norm_encoder_the_norms_take_it(norm: Any, alpha: float) -> Non
     assert fused["head"] is None
 
 
+@pytest.mark.usefixtures("always")
 def test_in_a_post_norm_encoder_the_layers_do() -> None:
     model = encoder(pre=False)
     after, fused = smoothed(model, batches())
@@ -146,6 +156,7 @@ def test_in_a_post_norm_encoder_the_layers_do() -> None:
     assert torch.equal(shared[0], shared[1]) and torch.equal(shared[0], shared[2])  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("always")
 def test_a_norm_that_reads_its_weight_in_another_way_is_left_alone() -> None:
     model = encoder(norm=lambda: RMSNorm(offset=1.0))
     after, fused = smoothed(model, batches())
@@ -153,11 +164,13 @@ def test_a_norm_that_reads_its_weight_in_another_way_is_left_alone() -> None:
     assert torch.equal(after.blocks[0].first.weight, model.blocks[0].first.weight)  # type: ignore[union-attr, index]
 
 
+@pytest.mark.usefixtures("always")
 def test_a_relu_lets_the_scale_through() -> None:
     _, fused = smoothed(encoder(activation=F.relu), batches())
     assert fused["blocks.0.down"] == "blocks.0.up" and fused["blocks.1.down"] == "blocks.1.up"
 
 
+@pytest.mark.usefixtures("always")
 def test_what_one_example_does_not_show_the_batch_does() -> None:
     """ReLU6 is a ReLU as long as nothing reaches 6."""
     torch.manual_seed(0)
@@ -191,6 +204,7 @@ def sentences(count: int = 2, seed: int = 0) -> list[dict[str, Tensor]]:
     return [{"input_ids": i, "attention_mask": (torch.arange(12) < 9 + i[:, :1] % 4).long()} for i in ids]
 
 
+@pytest.mark.usefixtures("always")
 def test_bert_computes_the_same(bert: nn.Module) -> None:
     after, fused = smoothed(bert, sentences())
     for i in (0, 1):
@@ -224,6 +238,7 @@ def test_static_int8_is_closer_to_float_after_smoothing(which: str, bert: nn.Mod
     assert now > before + 6, (before, now)
 
 
+@pytest.mark.usefixtures("always")
 @torch.no_grad()
 def test_the_factor_survives_prepare_and_convert() -> None:
     model, data = encoder(pre=False), batches()
@@ -236,6 +251,44 @@ def test_the_factor_survives_prepare_and_convert() -> None:
         assert (layer.inverse_smoothing is None) == (fused[name] is not None)
 
 
+@torch.no_grad()
+def test_a_group_is_left_alone_where_smoothing_would_do_harm() -> None:
+    """With alpha = 0 it is the weight's ranges that are evened out; the activations of the second Linear become worse by that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(first=nn.Linear(64, 128), middle=nn.Tanhshrink(), second=nn.Linear(128, 16))).eval()
+    first, second = linears(model).values()
+    x = torch.randn(2000, 64)
+    x[:, :2] *= 50
+    first.weight[:, :2] *= 0.1
+    first.weight[:2] *= 10
+    second.weight[:, :2] *= 20
+    after = copy.deepcopy(model)
+    data = [{"input": part} for part in x.split(500)]
+    good, bad = smooth(after, linears(after), data, 0.0)
+    assert good["gain_db"] > 3 and good["fused"] is None and isinstance(after.first, SmoothedLinear)
+    assert bad["gain_db"] < -3 and bad["skipped"] == f"its outputs would lose {-bad['gain_db']:.1f} dB"
+    assert type(after.second) is nn.Linear and torch.equal(after.second.weight, second.weight)
+
+    def error(m: nn.Module) -> float:
+        return sqnr_db(first(x), static(copy.deepcopy(m), data).first(x))  # type: ignore[operator]
+
+    assert error(after) - error(model) == pytest.approx(good["gain_db"], abs=0.5)  # a sample tells as much as all rows
+
+
+def test_the_grids_of_the_caller_decide() -> None:
+    """Weights of 2 bits suffer from whatever moves into them, and activations in float gain nothing from it."""
+    torch.manual_seed(0)
+    x = torch.randn(100, 64)
+    x[:, :2] *= 50
+    model = nn.Sequential(nn.Linear(64, 16)).eval()
+    gains = []
+    for weight, activation in ((None, None), (Affine(2, "absmax", "channel"), Affine(8, "absmax", "token"))):
+        after = copy.deepcopy(model)
+        gains.append(smooth(after, linears(after), [{"input": x}], 0.5, weight, activation)[0]["gain_db"])
+    assert gains[0] > 3 and gains[1] < gains[0] - 3
+
+
+@pytest.mark.usefixtures("always")
 def test_only_chosen_layers_change_and_a_norm_with_another_reader_is_left_alone() -> None:
     model = encoder()
     after = copy.deepcopy(model)
@@ -258,6 +311,7 @@ def test_a_tied_weight_stays_as_it_is() -> None:
         assert nmse(run(model, batches()[0]), run(after, batches()[0])) < 1e-10
 
 
+@pytest.mark.usefixtures("always")
 def test_a_layer_that_is_called_many_times_has_one_scale() -> None:
     class Repeats(nn.Module):
         def __init__(self) -> None:
@@ -274,6 +328,7 @@ def test_a_layer_that_is_called_many_times_has_one_scale() -> None:
     smoothed(Repeats().eval(), [{"x": torch.randn(4, 16)}])
 
 
+@pytest.mark.usefixtures("always")
 def test_the_mode_is_kept_and_dropout_is_off_meanwhile() -> None:
     model = nn.ModuleDict({"a": nn.Linear(8, 8)})
     model.forward = lambda x: model["a"](F.dropout(x, 0.5, model.training))  # type: ignore[method-assign]

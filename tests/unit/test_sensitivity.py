@@ -183,6 +183,14 @@ def test_what_is_not_finite_comes_first_and_is_none() -> None:
     print_analysis(rows)
 
 
+def test_a_quantizer_that_trains_is_analyzed_as_it_starts() -> None:
+    """Its convolutions hold their batch-norms; in evaluation that is the same convolution."""
+    trains, rounds = scheme(), scheme()
+    trains.trains = True  # type: ignore[misc]
+    for held, folded in zip(analysis(Cnn, trains), analysis(Cnn, rounds), strict=True):
+        assert held["name"] == folded["name"] and held["kl"] == pytest.approx(folded["kl"], rel=0.05)
+
+
 def test_biases_are_not_corrected_meanwhile() -> None:
     assert analysis(Words, scheme(bias_correction=True)) == analysis(Words)
 
