@@ -63,6 +63,11 @@ class Exported(fx.GraphModule):
         self._switch(self.training)
 
     @property
+    def config(self) -> Any:
+        """The model's own, where it has one: positions, vocabulary, heads."""
+        return self.meta["config"]
+
+    @property
     def frozen(self) -> bool:
         """Whether ranges and scales stay as they are, in training too."""
         return bool(self.meta.get("frozen"))
@@ -161,6 +166,7 @@ def export(model: nn.Module, example: dict[str, Tensor], *, training: bool = Fal
     assert isinstance(graph, fx.GraphModule)
     _tidy(graph)
     exported = Exported(graph, graph.graph).eval()
+    exported.meta["config"] = getattr(model, "config", None)
     _require_same(model, exported, example, instead)
     return exported
 

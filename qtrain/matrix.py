@@ -13,40 +13,56 @@ import torch
 from torch import nn
 
 from qtrain import registry
-from qtrain.grids.affine import Affine
+from qtrain.activations import FakeActivation, QuantizedActivation
+from qtrain.grids.affine import Affine, Int8, Int8Activation
 from qtrain.grids.base import Grid
-from qtrain.activations import FakeActivation
-from qtrain.layers import QuantizedEmbedding, QuantizedLinear
+from qtrain.layers import Geometry, QuantizedConv, QuantizedEmbedding, QuantizedLinear
 
 START, END = "<!-- support matrix: python -m qtrain.matrix README.md -->", "<!-- end of support matrix -->"
 
-CASES: list[tuple[str, str, Grid, Grid | None]] = [
-    *[(f"INT{b} weights, group 32", "linear", Affine(bits=b, rule="signed_absmax"), None) for b in range(2, 9)],
-    ("INT4 weights, group 128, asymmetric", "linear", Affine(rule="minmax", group_size=128), None),
-    ("INT4 weights, per channel", "linear", Affine(granularity="channel"), None),
-    ("INT4 weights, group 24", "linear", Affine(group_size=24), None),
-    ("INT4 weights + INT8 activations of MLAS, group 32", "linear", Affine(rule="signed_absmax"), Affine(bits=8, rule="absmax_mlas")),
-    ("INT4 weights + INT8 activations per token", "linear", Affine(), Affine(bits=8, granularity="token")),
-    ("INT8 embedding rows", "embedding", Affine(bits=8, granularity="channel"), None),
-    ("INT4 embeddings, group 64", "embedding", Affine(rule="signed_absmax", group_size=64), None),
+CASES: list[tuple[str, str, Grid, Grid | None, bool]] = [
+    *[(f"INT{b} weights, group 32", "linear", Affine(bits=b, rule="signed_absmax"), None, False) for b in range(2, 9)],
+    ("INT4 weights, group 128, absmax", "linear", Affine(group_size=128), None, False),
+    ("INT4 weights, group 128, asymmetric", "linear", Affine(rule="minmax", group_size=128), None, False),
+    ("INT4 weights, per channel", "linear", Affine(granularity="channel"), None, False),
+    ("INT4 weights, group 24", "linear", Affine(group_size=24), None, False),
+    ("INT4 weights + INT8 activations of MLAS, group 32", "linear", Affine(rule="signed_absmax"), Affine(bits=8, rule="absmax_mlas"), False),
+    ("INT4 weights + INT8 activations per token", "linear", Affine(), Affine(bits=8, granularity="token"), False),
+    *[
+        (f"INT{bits} weights per channel + {title} INT8 activations, {name}", kind, Int8(bits=bits), Int8Activation(rule=rule), static)
+        for kind, name in (("linear", "Linear"), ("conv", "convolution"))
+        for bits, title, rule, static in (
+            (8, "static", "minmax_onnx", True),
+            (8, "static symmetric", "absmax_onnx", True),
+            (4, "static", "minmax_onnx", True),
+            (8, "dynamic", "minmax_onnx", False),
+        )
+    ],
+    ("INT8 embedding rows", "embedding", Affine(bits=8, granularity="channel"), None, False),
+    ("INT4 embeddings, group 64", "embedding", Affine(rule="signed_absmax", group_size=64), None, False),
 ]
-"""What is asked of every exporter: a title, the kind of layer, its weight grid and its activation grid."""
+"""What is asked of every exporter: a title, the kind of layer, its weight grid, its activation grid, and whether its range is static."""
 
 
-def layer(kind: str, weight: Grid, activation: Grid | None) -> nn.Module:
-    """A model of one converted layer, 384 wide."""
-    q = weight.encode(torch.linspace(-1, 1, 384 * 8).reshape(8, 384))
+def layer(kind: str, weight: Grid, activation: Grid | None, static: bool) -> nn.Module:
+    """A model of one converted layer, 384 wide (a convolution: 384 channels, 1 x 1)."""
+    q = weight.encode(torch.linspace(-1, 1, 384 * 32).reshape(32, 384, *([1, 1] if kind == "conv" else [])))
     if kind == "embedding":
         return nn.Sequential(QuantizedEmbedding(q))
-    return nn.Sequential(QuantizedLinear(q, None, FakeActivation(activation) if activation is not None else None))
+    reads: FakeActivation | QuantizedActivation | None = None
+    if activation is not None:
+        reads = QuantizedActivation(activation, activation.choose(torch.linspace(-1, 2, 9))) if static else FakeActivation(activation)
+    if kind == "conv":
+        return nn.Sequential(QuantizedConv(q, None, Geometry((1, 1), (0, 0), (1, 1), 1), reads))
+    return nn.Sequential(QuantizedLinear(q, None, reads))
 
 
 def exporter_table() -> str:
     """Grid x exporter: yes, or why not."""
     exporters = registry.entries("export")
     lines = ["| grid | " + " | ".join(f"`export=[{e.name}]`" for e in exporters) + " |", "|---" * (len(exporters) + 1) + "|"]
-    for title, kind, weight, activation in CASES:
-        model = layer(kind, weight, activation)
+    for title, kind, weight, activation, static in CASES:
+        model = layer(kind, weight, activation, static)
         cells = ["no" if e.cls().refusals(model) else "yes" for e in exporters]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -67,7 +67,7 @@ def print_summary(run: dict[str, Any], folder: Path) -> None:
     for row in rows:
         table.add_row(*(rich_escape(cell) for cell in row))
     console.print(table)
-    console.print("latency: batch x tokens, medians on this machine; float is the same graph in float32", style="dim", soft_wrap=True)
+    console.print("latency: batch x tokens (or the shape of the images), medians on this machine; float is the same graph in float32", style="dim", soft_wrap=True)
     for entry in run["exports"]:
         receipt = entry["receipt"]
         verdict = "[green]passed[/]" if receipt["passed"] else "[red]failed[/]"
@@ -109,7 +109,7 @@ def html(run: dict[str, Any]) -> str:
         f"<title>{escape(run['recipe'])}</title>",
         f"<style>{_STYLE}</style><h1>{escape(run['recipe'])} <span class='{run['status']}'>{run['status']}</span></h1>",
         f"<p class='dim'>seed {run['seed']}, {sum(run['timing_s'].values()):.0f} s, peak memory {run['peak_rss_bytes'] / 1e9:.2f} GB; "
-        "latency is batch x tokens, medians on the machine of the run.</p>",
+        "latency is by batch x tokens (or the shape of the images), medians on the machine of the run.</p>",
         _table(head, rows),
         *(_receipt(entry) for entry in run["exports"]),
         _layers(run),

@@ -11,9 +11,9 @@
 takes the bias that follows: what onnxruntime makes of QDQ adds the bias in a pass of its own (measured: 7 % of MiniLM). The biases of
 BiasGelu, and of residual sums, go there too.
 
-Activations on edges are QuantizeLinear + DequantizeLinear. onnxruntime drops a ReLU in front of QuantizeLinear where the zero point is the
-lowest code; on a symmetric grid it would fall back to float, so there the ReLU moves behind it, as Max(codes, zero point): the same codes,
-since rounding keeps order.
+Activations on edges are QuantizeLinear + DequantizeLinear. onnxruntime drops a ReLU or Clip in front of QuantizeLinear that keeps no code
+back (a ReLU where the zero point is the lowest code); others, on symmetric grids, would make it fall back to float, so there they move
+behind, as Max(codes, code of 0) and Min(codes, code of 6): the same codes, since rounding keeps order.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ from exporters.onnx.build import FLOAT, Array, Builder, Quantized, static_params
 from exporters.onnx.layout import Layout, block_params, signed_codes
 from exporters.onnx.trace import CONTRIB, DOMAIN
 
-LOWEST = {True: -128, False: 0}
-
-
 class IntegerLowering:
     """Builds the replacement of one opaque node: the part about integers, and the helpers."""
 
@@ -42,15 +39,32 @@ class IntegerLowering:
 
     def activation(self, x: ir.Value) -> ir.Value:
         """An activation on an edge."""
-        relu, signed = x.producer(), self.builder.profile.signed
-        shifted = int(static_params(self.module, signed)[1]) != LOWEST[signed]
-        if shifted and relu is not None and relu.op_type == "Relu" and relu.domain == "" and only_reader(x) is not None:
-            assert relu.inputs[0] is not None
-            q = self.builder.static(relu.inputs[0], self.name, self.module)
-            clamped = self.op("Max", q.codes, q.zero)
-            clamped.shape, clamped.type = x.shape, q.codes.type
-            return self.builder.decoded(Quantized(clamped, q.scale, q.zero))
-        return self.builder.decoded(self.builder.static(x, self.name, self.module))
+        before, low, high = self._clamp(x)
+        if before is None:
+            return self.builder.decoded(self.builder.static(x, self.name, self.module))
+        q = self.builder.static(before, self.name, self.module)
+        codes = q.codes
+        for op, bound in (("Max", low), ("Min", high)):
+            if bound is not None:
+                codes = self.op(op, codes, self.initializer(f"{op.lower()}_code", lambda bound=bound: bound))
+                codes.shape, codes.type = x.shape, q.codes.type
+        return self.builder.decoded(Quantized(codes, q.scale, q.zero))
+
+    def _clamp(self, x: ir.Value) -> tuple[ir.Value | None, Array | None, Array | None]:
+        """What a ReLU or Clip that made ``x`` read, and the least and largest code that it lets through, where it keeps any code back.
+
+        onnxruntime drops those that keep none back by itself, and falls back to float32 for the others.
+        """
+        clamp = x.producer()
+        if clamp is None or clamp.op_type not in ("Relu", "Clip") or clamp.domain != "" or only_reader(x) is None:
+            return None, None, None
+        bounds: list[Any] = [np.float32(0.0), None] if clamp.op_type == "Relu" else [_constant(v) for v in (*clamp.inputs[1:], None, None)[:2]]
+        scale, zero = static_params(self.module, self.builder.profile.signed)
+        limits, ends = np.iinfo(zero.dtype), []
+        for bound, end in zip(bounds, (limits.min, limits.max), strict=True):
+            code = end if bound is None else np.clip(np.round(np.float32(bound) / scale) + np.float32(zero), limits.min, limits.max)
+            ends.append(None if code == end else np.array(code).astype(zero.dtype))
+        return (clamp.inputs[0] if ends != [None, None] else None), *ends
 
     def quantized_input(self, x: ir.Value) -> Quantized:
         """The layer's input in codes, quantized by the layer itself."""
@@ -76,11 +90,15 @@ class IntegerLowering:
             zeros = self.initializer("zero_points", lambda: _rows(self.q)[1])  # QGemm is fused only where there are some
             weight = self.op("DequantizeLinear", self.codes(), self.scales(), zeros, axis=1, output="weight")
         x = self.input_on_grid(x)
-        if self.module.bias_codes is None or take_bias(self.node.outputs[0], self.q.shape[0]) is None:
+        matrix = x.shape is not None and len(x.shape) == 2
+        on_grid = self.module.bias_codes is not None
+        bias = take_bias(self.node.outputs[0], self.q.shape[0]) if on_grid or (matrix and self.builder.profile.contrib) else None
+        if bias is None:
             return self.op("MatMul", x, weight, output="product")
-        if x.shape is not None and len(x.shape) == 2:
+        if on_grid and matrix:
             return self.op("Gemm", x, weight, self.bias_on_grid(), output="product")
-        return self.op("Add", self.op("MatMul", x, weight, output="product"), self.bias_on_grid())
+        # with Add onnxruntime would make a Gemm of two axes, and compute it in float
+        return self.op("Sum", self.op("MatMul", x, weight, output="product"), self.bias_on_grid() if on_grid else bias)
 
     def linear_dynamic(self, x: ir.Value) -> ir.Value:
         """x [..., K] -> [..., O], with the range of x."""
@@ -195,6 +213,11 @@ def take_bias(value: ir.Value, width: int) -> ir.Value | None:
     ir.convenience.replace_all_uses_with(result, value, replace_graph_outputs=True)
     graph.remove(reader, safe=True)
     return biases[0]
+
+
+def _constant(value: ir.Value | None) -> Any:
+    """A scalar constant; None where there is none."""
+    return value.const_value.numpy().reshape(())[()] if value is not None and value.const_value is not None else None
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:

@@ -22,7 +22,7 @@ stands under `checks` with what it did, and what did not run says so:
     fp16_parity                       logits with every float16 tensor rounded, against float32, at rtol = atol = 5e-3
     rtx_compile                       NVIDIA's own parser and builder took the file (package tensorrt-rtx-cu13, on the CPU), with how many
                                       products read int8; not run
-    engine                            built, run and compared on a GPU; else "not built: <why>"
+    engine, rtx                       built, run and compared on a GPU; else "not built: <why>" and "not run: <why>"
 
 **Never run on hardware**: the engine, `runtime=rtx`, and what both scripts do on a GPU; there was none. They follow NVIDIA's documentation;
 the builder's calls ran on TensorRT for RTX's builder, which has the same API and needs no GPU. What TensorRT's kernels do differently from
@@ -112,7 +112,7 @@ class TensorrtExport(Exporter):
     timing_cache: str = "timing.cache"
     """File beside the model that keeps TensorRT's timings, so that a second build is quick; empty keeps none."""
     runtime: str = "auto"
-    """auto (build and run what this machine can), tensorrt (demand it), rtx (demand TensorRT for RTX), onnxruntime (compile and build none)."""
+    """auto (build and run what this machine can), tensorrt (demand it), rtx (demand TensorRT for RTX), onnxruntime (build nothing)."""
 
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, PRECISIONS)

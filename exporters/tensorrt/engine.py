@@ -1,8 +1,8 @@
 """The engine itself, where this machine can make one: package `tensorrt` and a CUDA GPU. Built and run by `build_engine.py`'s functions.
 
-Never run on hardware by its authors: there was no GPU. The calls are those of NVIDIA's documentation (TensorRT Python API 10.12 and 11), and
-the names were found in the bindings of tensorrt-cu13 11.4.0. The builder's part ran on TensorRT for RTX 1.7.1, which has the same API and
-builds without a GPU; the CUDA runtime's part ran up to its error that there is no driver; the rest ran on a stand-in for TensorRT.
+Never run on hardware by its authors: there was no GPU. The calls are those of NVIDIA's documentation (TensorRT Python API 10.12 and 11),
+and the names were found in the bindings of tensorrt-cu13 11.4.0. The builder's part ran on TensorRT for RTX 1.7.1, which has the same API
+and builds without a GPU; the CUDA runtime's part ran up to its error that there is no driver; the rest ran on a stand-in for TensorRT.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ class SmallCnn(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(8)
+        self.middle = nn.Conv2d(8, 8, 3, padding=1)
         self.inner = nn.Conv2d(8, 8, 3, padding=1)
         self.down = nn.Conv2d(8, 16, 3, stride=2, padding=1)
         self.depthwise = nn.Conv2d(16, 16, 3, padding=2, dilation=2, groups=16)
@@ -34,7 +35,7 @@ class SmallCnn(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.norm(self.stem(pixel_values))), 2)
-        x = F.relu(x + self.inner(x))
+        x = F.relu(x + self.inner(F.relu(self.middle(x))))
         shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
         x = F.relu(self.down(x) + shortcut)
         x = torch.cat([F.relu6(self.depthwise(x)), self.point(x)], 1)

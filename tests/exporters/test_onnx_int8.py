@@ -188,9 +188,9 @@ def test_a_convolutional_network_runs_in_integers_throughout(activation: Grid, t
     assert receipt["passed"] and receipt["fallbacks"] == [] and receipt["logits_nmse"] < 1e-4 and standard_only(entry["path"])
     biases = sum(layer.bias_codes is not None for layer in packed_layers(model).values())  # type: ignore[attr-defined]
     activations = sum(isinstance(m, QuantizedActivation) for m in model.modules())
-    assert biases == 5 and receipt["tensors"] == receipt["tensors_bit_exact"] == 6 + biases + activations
+    assert biases == 6 and receipt["tensors"] == receipt["tensors_bit_exact"] == 7 + biases + activations
     ran = running(entry["path"], tmp_path)
-    integer = {"QLinearConv": 5, "QLinearAdd": 2, "QLinearConcat": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1, "QuantizeLinear": 1}
+    integer = {"QLinearConv": 6, "QLinearAdd": 2, "QLinearConcat": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1, "QuantizeLinear": 1}
     assert {op: ran[op] for op in integer} == integer
     assert not {"Conv", "DequantizeLinear", "Add", "Relu", "Clip", "ReduceMean"} & set(ran)
 
@@ -208,14 +208,14 @@ def test_moved_values_stay_in_codes(tmp_path: Path) -> None:
 def test_convolutions_with_float_activations(grid: Affine, tmp_path: Path) -> None:
     model = quantized_cnn(SmallCnn(), dynamic=True, weight=grid, activation=None)
     receipt = QUICK.export(cnn_job(model, tmp_path))["receipt"]
-    assert receipt["passed"] and receipt["tensors"] == receipt["tensors_bit_exact"] == 6 and receipt["logits_nmse"] < 1e-11
+    assert receipt["passed"] and receipt["tensors"] == receipt["tensors_bit_exact"] == 7 and receipt["logits_nmse"] < 1e-11
 
 
 def test_dynamic_convolutions_compute_on_training_s_grid(tmp_path: Path) -> None:
     entry = QUICK.export(cnn_job(quantized_cnn(SmallCnn(), dynamic=True), tmp_path))
     receipt, ran = entry["receipt"], running(entry["path"], tmp_path)
-    assert receipt["passed"] and receipt["layers"] == 6 and receipt["layers_nmse"] < 1e-11 and receipt["logits_nmse"] < 1e-4
-    assert ran["DynamicQuantizeLinear"] == 5 and ran["DynamicQuantizeMatMul"] == 1 and not ran["ConvInteger"]
+    assert receipt["passed"] and receipt["layers"] == 7 and receipt["layers_nmse"] < 1e-11 and receipt["logits_nmse"] < 1e-4
+    assert ran["DynamicQuantizeLinear"] == 4 and ran["DynamicQuantizeMatMul"] == 1 and not ran["ConvInteger"]
 
 
 class Signal(nn.Module):
@@ -246,18 +246,18 @@ def test_one_dimension_and_layers_that_quantize_their_own_input(static: bool, tm
     assert receipt["tensors"] == receipt["tensors_bit_exact"] == (6 if static else 3)
 
 
-@pytest.mark.parametrize("kept", ["inner", "point", "classifier"])
+@pytest.mark.parametrize("kept", ["stem", "middle", "classifier"])
 def test_what_training_left_in_float_stays_in_float(kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two quantized values onnxruntime would quantize the weight of a float layer."""
     model = quantized_cnn(SmallCnn(), keep_float=[kept])
     entry = QUICK.export(cnn_job(model, tmp_path))
     assert entry["receipt"]["passed"] and entry["receipt"]["tensors"] == entry["receipt"]["tensors_bit_exact"]
     ran = running(entry["path"], tmp_path)
-    assert ran["QLinearConv"] + ran["Conv"] == 5 and ran["Conv"] == (kept != "classifier") and ran["QGemm"] == (kept != "classifier")
-    if kept != "point":
+    assert ran["QLinearConv"] + ran["Conv"] == 6 and ran["Conv"] == (kept != "classifier") and ran["QGemm"] == (kept != "classifier")
+    if kept != "middle":
         return
     monkeypatch.setattr(edges, "_keep_in_float", lambda builder, node: None)
-    assert running(QUICK.export(cnn_job(model, tmp_path))["path"], tmp_path)["QLinearConv"] == 5  # else there is nothing to guard against
+    assert running(QUICK.export(cnn_job(model, tmp_path))["path"], tmp_path)["QLinearConv"] == 6  # else there is nothing to guard against
 
 
 def test_latency_of_images_is_by_shape(tmp_path: Path) -> None:
