@@ -3,9 +3,9 @@
     python -m benchmarks.int8_accuracy --sst2 ../shared/data/sst2 --model FOLDER
     python -m benchmarks.int8_accuracy --cifar ../shared/data/cifar10/cifar10_subset.npz --resnet ../shared/data/resnet20-cifar10
 
-The recipes as they are, on a float model that is trained already (FOLDER: all-MiniLM-L6-v2 fine-tuned on SST-2, a transformers folder; without
-`--model` it is fine-tuned first). Each row is one run: the accuracy of the float model, after calibration, after training where the
-recipe trains, and of the exported file in onnxruntime, on the whole test split. Seconds are those of calibration.
+The recipes as they are, on a float model that is trained already (FOLDER: all-MiniLM-L6-v2 fine-tuned on SST-2, as a transformers
+folder). Each row is one run: the accuracy of the float model, after calibration, after training where the recipe trains, and of the
+exported file in onnxruntime, on the whole test split. Seconds are those of calibration.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ from exporters.base import ExportJob
 from exporters.onnx import OnnxExport
 from exporters.onnx.runtime import interleaved, open_session, random_inputs, threads
 from qtrain.grids.affine import Affine
-from qtrain.prepare import convert, prepare
 from qtrain.malloc import tune_malloc
+from qtrain.prepare import convert, prepare
 
 LENGTH = 64
 

@@ -47,9 +47,9 @@ class PackedLayer(Protocol):
     kind: str
     """"linear" (codes [O, I]), "conv" (codes [O, I / groups, *kernel]) or "embedding" (codes [V, D]).
 
-    A convolution has `stride`, `padding`, `dilation`, `groups`. The first two have an optional `bias` [O]; `bias_codes` (int32 [O]: the bias
-    in steps of s_x * s_w) where the activation before the layer is static and stands on an edge (`source`); and `activation_fake`, where
-    the layer quantizes its own input.
+    A convolution has `stride`, `padding`, `dilation`, `groups`. The first two have an optional `bias` [O]; `bias_codes` (int32 [O]), steps
+    of s_x * s_w, where the activation before the layer is static and stands on an edge (`source`); and `activation_fake`, where the layer
+    quantizes its own input.
     """
 
     @property

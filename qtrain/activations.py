@@ -1,11 +1,11 @@
 """Activations on a grid: fake-quantized in training, with scales that are dynamic, observed or fixed.
 
-    FakeActivation        dynamic (the grid derives a scale from each input: per token, per tensor, per group along the last axis), or static:
-                          an `Observer` knows the range, and one scale per tensor follows from it
-    QuantizedActivation   what a static one becomes when the model is converted: the scale (and zero point) as buffers, and nothing to observe
+    FakeActivation        dynamic (the grid derives a scale from each input: per token, per tensor, per group along the last axis), or
+                          static: an `Observer` knows the range, and one scale per tensor follows from it
+    QuantizedActivation   what a static one becomes when the model is converted: the scale (and zero point) as buffers
 
-Either stands inside a layer, on its input, or (in a traced convolutional network) on an edge of the graph, between two operators. A range is
-found in two ways, and both may be combined:
+Either stands inside a layer, on its input, or (in a traced convolutional network) on an edge of the graph, between two operators. A
+range is found in two ways, and both may be combined:
 
     calibration   `calibrate` runs batches through the model while every activation passes through in float; a collector by name
                   (`qtrain/observers.py`) turns what it saw into a range
@@ -19,8 +19,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 
+from qtrain.console import console
 from qtrain.grids.base import Grid, Params
 
 
@@ -101,8 +103,8 @@ class Observer(nn.Module):
         low, high = collector.range()
         if float(low) == float(high):
             raise ValueError(
-                f"the activation {self.name} was {float(low):g} in all calibration examples: a constant has no range to quantize, and a layer "
-                f"that sees nothing else is broken or unused. Leave it in float: quantizer.keep_float=['{self.layer or self.name}']"
+                f"the activation {self.name} was {float(low):g} in all calibration examples: a constant has no range to quantize, and a "
+                f"layer that sees nothing else is broken or unused. Leave it in float: quantizer.keep_float=['{self.layer or self.name}']"
             )
         self.low.copy_(low)
         self.high.copy_(high)
@@ -202,9 +204,12 @@ def calibrate(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> int:
     try:
         for name, observer in observers.items():
             observer.start(name)
-        for number, batch in enumerate(batches):
+        batches = list(batches)
+        shown = track(batches, description="calibrating", console=console, transient=True, disable=not console.is_terminal)
+        for batch in shown:
             model(**{name: value.to(device) for name, value in batch.items()})
             examples += len(next(iter(batch.values())))
+            number += 1
         if observers and not examples:
             raise ValueError("there is no calibration data; set data.calibration_examples=256, say, or quantizer.activation_range=dynamic")
         for observer in observers.values():

@@ -42,7 +42,7 @@ class Config:
     quantizer: Any = MISSING
     """Which value of the grid each weight gets."""
     analyze: bool = False
-    """Measure each layer alone on the grid: SQNR of its output, and the metric on the validation split (`quantizer.keep_float=auto:N` does)."""
+    """Measure each layer alone on the grid: SQNR of its output, and the metric on the validation split."""
     analyze_examples: int = 512
     """Validation examples that the analysis uses, at most."""
     export: dict[str, Any] = field(default_factory=dict)

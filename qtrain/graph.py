@@ -3,11 +3,11 @@
 A layer of a transformer quantizes its own input. In a convolutional network that is not enough: additions, poolings and the outputs of
 convolutions are integers too, and only the graph says which operator reads what. So the model is traced symbolically (torch.fx), and
 
-    batch_norms(graph)        finds the batch-norms directly behind a convolution or Linear; `fold_batch_norms` folds them
+    batch_norms(graph)        finds the batch-norms directly behind a convolution; `fold_batch_norms` folds them
     put_on_edges(graph, …)    puts one fake-quantized activation behind every value that an integer operator reads
 
-A traced model is an `fx.GraphModule` with the submodules, names and parameters of the original. Integer operators are those that onnxruntime
-(QLinearConv, QGemm, QLinearAdd, QLinearMul, QLinearConcat, QLinearAveragePool, …) and TensorRT fuse:
+A traced model is an `fx.GraphModule` with the submodules, names and parameters of the original. Integer operators are those that
+onnxruntime (QLinearConv, QGemm, QLinearAdd, QLinearMul, QLinearConcat, QLinearAveragePool, …) and TensorRT fuse:
 
     conv, linear              if they were chosen; a ReLU or ReLU6 behind them costs nothing, so the value behind *it* is what gets the grid
     add, mul, cat, avg-pool   if all their operands come from integer operators
@@ -28,6 +28,7 @@ from torch import fx, nn
 from qtrain.activations import FakeActivation, Observer
 from qtrain.grids.base import Grid
 from qtrain.layers import FakeConv, FakeLinear, fold
+from qtrain.prepare import SWAPPABLE
 
 EDGES = "on_grid"
 """Submodule of a traced model that holds the activations on its edges."""
@@ -61,6 +62,13 @@ class Untraceable(ValueError):
     """The model's code depends on its data, so there is no graph of it."""
 
 
+class _Tracer(fx.Tracer):
+    """Does not look into layers that go on a grid: torch.fx only knows torch's own."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, SWAPPABLE) or super().is_leaf_module(m, module_qualified_name)
+
+
 def has_convolutions(model: nn.Module) -> bool:
     """Whether there is anything in ``model`` that needs its graph."""
     return any(isinstance(m, (nn.Conv1d, nn.Conv2d)) for m in model.modules())
@@ -74,7 +82,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     """
     training = model.training
     try:
-        traced = fx.symbolic_trace(model)
+        traced = fx.GraphModule(model, _Tracer().trace(model), type(model).__name__)
     except Exception as error:  # whatever the model's code raises when it is given proxies
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Untraceable(f"{type(model).__name__} cannot be traced symbolically: {reason}") from error
@@ -82,7 +90,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
 
 
 def batch_norms(graph: fx.GraphModule) -> dict[str, str]:
-    """Convolution (or Linear) -> the batch-norm that alone reads it, by name."""
+    """Convolution -> the batch-norm that alone reads it, by name."""
     calls: dict[str, int] = {}
     for node in graph.graph.nodes:
         if node.op == "call_module":
@@ -92,9 +100,8 @@ def batch_norms(graph: fx.GraphModule) -> dict[str, str]:
         if not _is_module(graph, node, (nn.BatchNorm1d, nn.BatchNorm2d)) or calls[node.target] > 1:
             continue
         producer = node.args[0]
-        alone = (
-            isinstance(producer, fx.Node) and len(producer.users) == 1 and _is_module(graph, producer, (nn.Conv1d, nn.Conv2d, nn.Linear))
-        )
+        # not Linear: behind one, BatchNorm1d may count [N, T, C] by T
+        alone = isinstance(producer, fx.Node) and len(producer.users) == 1 and _is_module(graph, producer, (nn.Conv1d, nn.Conv2d))
         if alone and calls[producer.target] == 1 and graph.get_submodule(node.target).track_running_stats:
             found[producer.target] = node.target
     return found
@@ -149,7 +156,8 @@ def put_on_edges(graph: fx.GraphModule, grid: Grid, observer: dict[str, Any]) ->
         if _is_module(graph, node, _PRODUCTS):
             source = _origin(graph, node.args[0])
             if source in made:
-                graph.get_submodule(node.target).reads(made[source])
+                layer: Any = graph.get_submodule(node.target)
+                layer.reads(made[source])
     graph.graph.lint()
     graph.recompile()
     return [f"{EDGES}.{name}" for name in edges]
@@ -170,7 +178,7 @@ class _Plan:
                 self._output(node)
 
     def _visit(self, node: fx.Node) -> None:
-        operands = [a for a in node.all_input_nodes]
+        operands = list(node.all_input_nodes)
         if _is_module(self.graph, node, _PRODUCTS):
             self.integer.add(node)
             self._read(node.args[0], str(node.target))

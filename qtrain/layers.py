@@ -9,9 +9,10 @@ so the swap changes no bit of any output (`convert == prepare`), and a test and 
 
 Weights w_OI: O output features, I input features; w_OIK: convolutions, K the kernel. Activations are in `qtrain/activations.py`.
 
-**Biases.** Integer kernels add the bias to the integer sums, so it must be an integer too: with a static activation of scale s_x on the edge
-before the layer (`source`), the bias is on the grid of int32 times s_x * s_w. Where a channel's weights are so small that its bias would
-leave int32, the weight's scale is raised until it fits (2^30 steps), in training as at convert. Layers without `source` add a float bias.
+**Biases.** Integer kernels add the bias to the integer sums, so it must be an integer too: with a static activation of scale s_x on the
+edge before the layer (`source`), the bias is on the grid of int32 times s_x * s_w. Where a channel's weights are so small that its bias
+would leave int32, the weight's scale is raised until it fits (2^30 steps), in training as at convert. Layers without `source` add a
+float bias.
 
 **Batch-norms** directly behind a convolution belong to its weight: w * gamma / sqrt(var + eps). Post-training they are folded once
 (`fold_batch_norm`). In training `FakeConv` holds them: while their statistics move, the weight is folded with the *running* variance before
@@ -228,7 +229,8 @@ class FakeConv(FakeLayer):
         batch_norm: nn.modules.batchnorm._BatchNorm | None = None,
     ) -> None:
         super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias
+        self.weight: nn.Parameter = conv.weight  # type: ignore[assignment]
+        self.bias: nn.Parameter | None = conv.bias  # type: ignore[assignment]
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.geometry = Geometry.of(conv)
         self.batch_norm = batch_norm

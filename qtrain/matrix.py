@@ -26,7 +26,13 @@ CASES: list[tuple[str, str, Grid, Grid | None, bool]] = [
     ("INT4 weights, group 128, asymmetric", "linear", Affine(rule="minmax", group_size=128), None, False),
     ("INT4 weights, per channel", "linear", Affine(granularity="channel"), None, False),
     ("INT4 weights, group 24", "linear", Affine(group_size=24), None, False),
-    ("INT4 weights + INT8 activations of MLAS, group 32", "linear", Affine(rule="signed_absmax"), Affine(bits=8, rule="absmax_mlas"), False),
+    (
+        "INT4 weights + INT8 activations of MLAS, group 32",
+        "linear",
+        Affine(rule="signed_absmax"),
+        Affine(bits=8, rule="absmax_mlas"),
+        False,
+    ),
     ("INT4 weights + INT8 activations per token", "linear", Affine(), Affine(bits=8, granularity="token"), False),
     *[
         (f"INT{bits} weights per channel + {title} INT8 activations, {name}", kind, Int8(bits=bits), Int8Activation(rule=rule), static)

@@ -67,7 +67,11 @@ def print_summary(run: dict[str, Any], folder: Path) -> None:
     for row in rows:
         table.add_row(*(rich_escape(cell) for cell in row))
     console.print(table)
-    console.print("latency: batch x tokens (or the shape of the images), medians on this machine; float is the same graph in float32", style="dim", soft_wrap=True)
+    console.print(
+        "latency: batch x tokens (or the shape of the images), medians on this machine; float: the same graph in float32",
+        style="dim",
+        soft_wrap=True,
+    )
     for entry in run["exports"]:
         receipt = entry["receipt"]
         verdict = "[green]passed[/]" if receipt["passed"] else "[red]failed[/]"
@@ -76,6 +80,8 @@ def print_summary(run: dict[str, Any], folder: Path) -> None:
             f"logits NMSE {_number(receipt['logits_nmse'], '.2g')}, top-1 agreement {_number(receipt['top1_agreement'], '.2%')}",
             soft_wrap=True,
         )
+        for name, result in receipt.get("checks", {}).items():
+            console.print(f"  {name}: {rich_escape(result)}", style="dim", soft_wrap=True)
         console.print(f"  {entry['path']}", soft_wrap=True)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
@@ -141,6 +147,7 @@ def _receipt(entry: dict[str, Any]) -> str:
             [f"{name}: training / runtime", f"{_number(pair['training'], '.6f')} / {_number(pair['runtime'], '.6f')}"]
             for name, pair in receipt["metric"].items()
         ),
+        *([name.replace("_", " "), result] for name, result in receipt.get("checks", {}).items()),
         ["file", f"{entry['path']} ({entry['bytes'] / 1e6:.2f} MB)"],
     ]
     verdict = "passed" if receipt["passed"] else "failed"

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
-from rich.progress import track
 from torch import Tensor, nn
 
 import qtrain
 from exporters.base import ExportJob, ReceiptFailed
 from qtrain.checkpoint import load_weights, save_model, tidy
-from qtrain.console import console
 from qtrain.evaluate import classification_metrics, compare_to_float, layer_table, predict, sizes
 from qtrain.fit import Fit, build, train
 from qtrain.layers import fake_layers
@@ -63,7 +61,8 @@ def preflight(setup: Setup, model: nn.Module) -> None:
     """Find in seconds what would fail after minutes: patterns, shapes, and exporters that cannot hold the grids."""
     scheme, trial = copy.deepcopy(setup.config.quantizer), copy.deepcopy(model)
     example = setup.data.example_inputs(2)
-    trial, _ = scheme.prepare(trial, setup.config.model.always_float(trial), example)
+    always = setup.config.model.always_float(trial)
+    trial, _ = scheme.prepare(scheme.transform(trial, [example], always), always, example)
     trial = scheme.convert(scheme.calibrate(trial, [example]))
     for exporter in setup.config.export.values():
         exporter.refuse(trial)
@@ -81,10 +80,11 @@ def quantize(setup: Setup, float_model: nn.Module) -> nn.Module:
         print_analysis(rows)
         always = [*always, *keep_most_harmful(rows, scheme.automatic, record)]
     model, record.data["kept_float"] = scheme.prepare(model, always, setup.data.example_inputs(2))
+    model = scheme.calibrate(model, calibration)
+    record.data |= scheme.details
     for fallback in scheme.fallbacks:
         record.fallback(fallback["name"], fallback["why"])
-    shown = track(calibration, description="calibrating", console=console, transient=True, disable=not console.is_terminal)
-    return scheme.calibrate(model, shown)
+    return model
 
 
 def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: Any = (), teacher: nn.Module | None = None) -> None:

@@ -58,7 +58,9 @@ class Scheme:
 
     def __post_init__(self) -> None:
         self.fallbacks: list[dict[str, str]] = []
-        """What `prepare` could not do as asked: [{"name", "why"}]."""
+        """What could not be done as asked: [{"name", "why"}]."""
+        self.details: dict[str, Any] = {}
+        """What was done to the model, for run.json."""
         self.keep_float = [self.keep_float] if isinstance(self.keep_float, str) else list(self.keep_float)
         self.automatic = _automatic(self.keep_float)
         """How many of the most harmful layers are to stay in float."""
@@ -105,7 +107,11 @@ class Scheme:
             from qtrain.smoothing import smooth
 
             chosen, _ = select(model, self.include, [*self.keep_float, *keep_float])
-            smooth(model, chosen, calibration, self.smoothquant)
+            rows = smooth(model, chosen, calibration, self.smoothquant, self.weight, self.activation)
+            self.details["smoothing"] = rows
+            if all("skipped" in row for row in rows):
+                why = f"each of the {len(rows)} groups of Linear layers would have been rounded worse; see smoothing in run.json"
+                self.fallbacks.append({"name": f"smoothquant={self.smoothquant}", "why": why})
         if self.equalize:
             from qtrain.equalization import equalize
 
@@ -174,7 +180,7 @@ class Scheme:
         if self.bias_correction:
             from qtrain.equalization import correct_biases
 
-            correct_biases(model, batches)
+            self.details["bias_correction"] = correct_biases(model, batches)
         return model
 
     def convert(self, model: nn.Module) -> nn.Module:

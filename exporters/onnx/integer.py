@@ -27,6 +27,7 @@ from exporters.onnx.build import FLOAT, Array, Builder, Quantized, static_params
 from exporters.onnx.layout import Layout, block_params, signed_codes
 from exporters.onnx.trace import CONTRIB, DOMAIN
 
+
 class IntegerLowering:
     """Builds the replacement of one opaque node: the part about integers, and the helpers."""
 
@@ -58,13 +59,17 @@ class IntegerLowering:
         clamp = x.producer()
         if clamp is None or clamp.op_type not in ("Relu", "Clip") or clamp.domain != "" or only_reader(x) is None:
             return None, None, None
-        bounds: list[Any] = [np.float32(0.0), None] if clamp.op_type == "Relu" else [_constant(v) for v in (*clamp.inputs[1:], None, None)[:2]]
+        given = clamp.inputs[1:]
+        if any(v is not None and v.const_value is None for v in given):
+            return None, None, None
+        bounds: list[Any] = [np.float32(0.0), None] if clamp.op_type == "Relu" else [_scalar(v) for v in (*given, None, None)[:2]]
         scale, zero = static_params(self.module, self.builder.profile.signed)
-        limits, ends = np.iinfo(zero.dtype), []
+        limits = np.iinfo(zero.dtype)
+        ends: list[Array | None] = []
         for bound, end in zip(bounds, (limits.min, limits.max), strict=True):
             code = end if bound is None else np.clip(np.round(np.float32(bound) / scale) + np.float32(zero), limits.min, limits.max)
             ends.append(None if code == end else np.array(code).astype(zero.dtype))
-        return (clamp.inputs[0] if ends != [None, None] else None), *ends
+        return (None if ends == [None, None] else clamp.inputs[0]), ends[0], ends[1]
 
     def quantized_input(self, x: ir.Value) -> Quantized:
         """The layer's input in codes, quantized by the layer itself."""
@@ -215,8 +220,8 @@ def take_bias(value: ir.Value, width: int) -> ir.Value | None:
     return biases[0]
 
 
-def _constant(value: ir.Value | None) -> Any:
-    """A scalar constant; None where there is none."""
+def _scalar(value: ir.Value | None) -> Any:
+    """Of a constant with one element; None where there is none."""
     return value.const_value.numpy().reshape(())[()] if value is not None and value.const_value is not None else None
 
 

@@ -16,8 +16,8 @@ The rule, how a scale follows from the values it covers, is part of the grid (ab
     mse_minmax     least squared error           asymmetric: 27 shrinks of the minmax range
     absmax_mlas    absmax / 127, 8 bits          codes round(w * (127 / absmax)): MLAS's QuantizeARow_CompInt8, which onnxruntime's
                                                  MatMulNBits runs on activations at accuracy_level 4
-    minmax_onnx    as minmax, absmax_onnx as     codes round(w / scale), divided: ONNX's QuantizeLinear and DynamicQuantizeLinear, which every
-    absmax_onnx    absmax                        QDQ runtime runs on activations (TensorRT: absmax_onnx, since it has no zero points)
+    minmax_onnx    as minmax                     codes round(w / scale), divided: ONNX's QuantizeLinear and DynamicQuantizeLinear,
+    absmax_onnx    as absmax                     which every QDQ runtime runs on activations (TensorRT has no zero points: absmax_onnx)
 
 A scale is rounded to `scale_dtype` before codes are chosen, and is at least that type's smallest positive number (smallest *normal* one
 for float32 and bfloat16), so all-zero and denormal groups decode to exact zeros and never divide by zero.
@@ -216,7 +216,7 @@ class Affine(Grid):
     # -- internals ---------------------------------------------------------------------------------------------------
 
     def _pieces(self, x: Tensor, params: Params | None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None]]:
-        """Row slices of about `_PIECE` values with their scale, inverse scale (the scale itself where the rule divides), zero point: [r, G, 1]."""
+        """Row slices of about `_PIECE` values with their scale, what `_round` takes (see `_inverse`) and zero point, each [r, G, 1]."""
         step = max(1, _PIECE // max(1, x[0].numel())) if len(x) else 1
         for start in range(0, max(len(x), 1), step):
             rows = slice(start, start + step)

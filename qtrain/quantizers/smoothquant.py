@@ -7,8 +7,8 @@ Dividing them by s and multiplying the weights, which have a scale per output ch
 the activation comes out of a LayerNorm that only such layers read, 1 / s goes into its weight and bias and costs nothing; elsewhere (a
 post-norm encoder such as BERT adds the same values to its residual) the layer multiplies its input by 1 / s.
 
-The smoothing itself is `quantizer.smoothquant=ALPHA`, which every quantizer takes; this one is `ptq_static` with ALPHA = 0.5. The arithmetic
-is in `qtrain/smoothing.py`.
+The smoothing itself is `quantizer.smoothquant=ALPHA`, which every quantizer takes; this one is `ptq_static` with ALPHA = 0.5. The
+arithmetic is in `qtrain/smoothing.py`; layers that would be rounded worse by it are left alone.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from torch import nn
 from exporters.base import Artefact, ExportJob, ReceiptFailed, packed_layers
 from exporters.onnx import STORAGES, OnnxExport
 from qtrain import registry
-from qtrain.grids.affine import Affine
 from qtrain.activations import calibrate
+from qtrain.grids.affine import Affine
 from qtrain.prepare import prepare
 from qtrain.receipt import nmse
 

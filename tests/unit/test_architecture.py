@@ -11,7 +11,7 @@ from qtrain import matrix
 from tests.conftest import ROOT
 
 SOURCES = sorted([*(ROOT / "qtrain").rglob("*.py"), *(ROOT / "exporters").rglob("*.py")])
-COMMON = {"grids", "activations", "layers", "prepare", "graph", "targets", "registry", "lazy", "fit", "callbacks", "console"}
+COMMON = {"grids", "activations", "layers", "prepare", "graph", "targets", "registry", "lazy", "fit", "callbacks", "console", "pt2e"}
 ALLOWED = {
     "qtrain/grids": {"grids", "registry", "lazy"},
     "qtrain/quantizers": COMMON,

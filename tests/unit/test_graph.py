@@ -144,7 +144,7 @@ def test_convert_changes_no_bit_after_calibration(bits: int, rule: str) -> None:
     converted = scheme.convert(model)
     assert torch.equal(converted(images()), before)
     assert {type(converted.get_submodule(n)) for n in ("stem", "block.conv1", "block.conv2")} == {QuantizedConv}
-    assert not list(converted.parameters()) and not edges(converted) == []
+    assert not list(converted.parameters()) and edges(converted)
 
 
 @pytest.mark.parametrize("learn_scale", [False, True])
@@ -274,7 +274,7 @@ def test_a_convolution_that_no_integer_kernel_computes_is_refused(conv: nn.Modul
 
 def test_a_grid_of_tokens_is_no_grid_for_a_convolution() -> None:
     scheme = PtqDynamic(weight=Int8(), activation=Affine(8, "minmax", "token"))
-    with pytest.raises(ValueError, match="granularity=token; set quantizer.activation.granularity=tensor"):
+    with pytest.raises(ValueError, match=r"granularity=token; set quantizer\.activation\.granularity=tensor"):
         scheme.prepare(cnn(), [])
 
 

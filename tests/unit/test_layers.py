@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qtrain import layers
-from qtrain.grids.affine import ASYMMETRIC_RULES, SYMMETRIC_RULES, Affine
 from qtrain.activations import FakeActivation, Observer, calibrate
+from qtrain.grids.affine import ASYMMETRIC_RULES, SYMMETRIC_RULES, Affine
 from qtrain.layers import FakeEmbedding, FakeLayer, FakeLinear, QuantizedEmbedding, QuantizedLinear, fake_layers, quantized_layers
 from qtrain.prepare import convert, prepare
 

@@ -18,8 +18,8 @@ from qtrain.callbacks import FakeQuantSchedule
 from qtrain.fit import Fit, resolve_precision, train
 from qtrain.grids.affine import Affine
 from qtrain.layers import FakeLinear, fake_layers
-from qtrain.prepare import prepare
 from qtrain.module import Module, learning_rate_factor
+from qtrain.prepare import prepare
 
 TRAINER = {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "precision": "32-true", "gradient_clip_val": 1.0}
 
