@@ -36,15 +36,22 @@ SST2 = {
     "static, SmoothQuant": ["+recipe=smoothquant_bert"],
     "static, torch's graph flow": ["+recipe=ptq_graph_bert"],
     "dynamic": ["+recipe=ptq_dynamic_bert"],
-    "QAT INT8": ["+recipe=qat_int8_bert", *QAT_BERT],
+    "QAT, INT8": ["+recipe=qat_int8_bert", *QAT_BERT],
 }
 CIFAR = {
     **{f"static, {o}": ["+recipe=ptq_static_cnn", f"quantizer.observer={o}"] for o in OBSERVERS},
     "static, equalized": ["+recipe=equalized_cnn"],
     "static, torch's graph flow": ["+recipe=ptq_graph_cnn"],
     "dynamic": ["+recipe=ptq_dynamic_cnn"],
-    "QAT INT8": ["+recipe=qat_int8_cnn", "quantizer.fit.epochs=1"],
-    "INT4 weights, INT8 activations, QAT": ["+recipe=qat_w4a8_cnn", "quantizer.fit.epochs=1"],
+    "QAT, INT8": ["+recipe=qat_int8_cnn", "quantizer.fit.epochs=1"],
+    "QAT, INT4 weights": ["+recipe=qat_w4a8_cnn", "quantizer.fit.epochs=1"],
+    "QAT, INT4 weights, per tensor, absmax": [
+        "+recipe=qat_w4a8_cnn",
+        "quantizer.fit.epochs=1",
+        "quantizer.weight.granularity=tensor",
+        "quantizer.weight.rule=absmax",
+    ],
+    "QAT, INT3 weights": ["+recipe=qat_w4a8_cnn", "quantizer.fit.epochs=1", "quantizer.weight.bits=3"],
 }
 
 

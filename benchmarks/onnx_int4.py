@@ -73,13 +73,13 @@ def build(float_model: nn.Module, case: Case) -> nn.Module:
 
 def write(float_model: nn.Module, case: Case, folder: Path) -> Path:
     """The file, written by the exporter (no receipt: tests make those)."""
-    from exporters.onnx.write import write_model
+    from exporters.onnx.write import Settings, write_model
 
     inputs = {"input_ids": torch.randint(0, 1000, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.int64)}
     folder.mkdir(parents=True)
     path = folder / "model.onnx"
     if case.weights == "float":
-        written = write_model(float_model, path, inputs, 512, 21, case.fuse, {}, {})
+        written = write_model(float_model, path, inputs, Settings(512, 21, case.fuse), {}, {})
         assert not written.fallback, written.fallback
         return path
     model = build(float_model, case)

@@ -66,7 +66,7 @@ def layer_table(model: nn.Module, weights: dict[str, Tensor]) -> list[dict[str, 
             "shape": list(q.shape),
             "sqnr_db": _finite(sqnr_db(weights[f"{name}.weight"], q.decode())),
         }
-        activation = getattr(layer, "activation_fake", None)
+        activation = getattr(layer, "activation_fake", None) or getattr(layer, "source", None)
         if activation is not None:
             row["activation_grid"] = activation.grid.describe()
         rows.append(row)

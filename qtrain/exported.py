@@ -57,6 +57,9 @@ class Untraceable(ValueError):
 class Exported(fx.GraphModule):
     """A graph of ATen operators that can be trained: what `export` makes, and `Exported(g, g.graph)` of what torchao makes of that."""
 
+    _mode: bool | None = None
+    """Mode that the graph is in; None where that is not known."""
+
     def __init__(self, root: Any, graph: fx.Graph, class_name: str = "Exported") -> None:
         super().__init__(root, graph, class_name)
         self.meta.update(getattr(root, "meta", {}))
@@ -89,7 +92,14 @@ class Exported(fx.GraphModule):
         self._switch(mode)
         return self
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph in the mode that the module is in: Lightning sets `training` after a validation without calling `train`."""
+        if self.training != self._mode:
+            self._switch(self.training)
+        return super().__call__(*args, **kwargs)
+
     def _switch(self, training: bool) -> None:
+        self._mode = training
         changed = False
         for node in self.graph.nodes:
             if node.target in _DROPOUTS:

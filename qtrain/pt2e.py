@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qtrain.lazy import lazy_import
-from qtrain.targets import select
+from qtrain.targets import Scheme, select
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,10 @@ class GraphScheme:
     """Calibration data is read."""
     automatic: ClassVar[int] = 0
     """`keep_float=auto:N` is refused: torch's fake-quantizers cannot be tried one by one."""
+    weight: ClassVar[None] = None
+    activation: ClassVar[None] = None
+    equalize: ClassVar[bool] = False
+    bias_correction: ClassVar[bool] = False
 
     defaults: list[Any] = field(default_factory=lambda: ["_self_", {"/grid@embedding": "int8"}])
     backend: str = "x86"
@@ -68,6 +72,8 @@ class GraphScheme:
     def __post_init__(self) -> None:
         self.fallbacks: list[dict[str, str]] = []
         """What was not done as asked: [{"name", "why"}]."""
+        self.details: dict[str, Any] = {}
+        """What was done to the model, for run.json."""
         self.keep_float = [self.keep_float] if isinstance(self.keep_float, str) else list(self.keep_float)
         if self.backend not in BACKENDS:
             raise ValueError(f"quantizer.backend is {self.backend!r}; valid: {', '.join(BACKENDS)}. Set quantizer.backend=x86, say.")
@@ -78,15 +84,15 @@ class GraphScheme:
             )
         if self.smoothquant is not None and not 0 <= self.smoothquant <= 1:
             raise ValueError(f"quantizer.smoothquant is {self.smoothquant}; it is from 0 to 1. Set quantizer.smoothquant=0.5, or null.")
+        if self.smoothquant is not None and self.backend == "xnnpack":
+            raise ValueError(
+                "quantizer.backend=xnnpack puts the factors of smoothquant themselves on a grid, and most of them at zero. Set "
+                "quantizer.backend=x86, or quantizer.smoothquant=null"
+            )
 
     def transform(self, model: nn.Module, calibration: list[dict[str, Any]], keep_float: list[str]) -> nn.Module:
         """See `qtrain.targets.Scheme.transform`."""
-        if self.smoothquant is not None:
-            from qtrain.smoothing import smooth
-
-            chosen, _ = select(model, self.include, [*self.keep_float, *keep_float])
-            smooth(model, chosen, calibration, self.smoothquant)
-        return model
+        return Scheme.transform(self, model, calibration, keep_float)  # type: ignore[arg-type]
 
     def prepare(self, model: nn.Module, keep_float: list[str], example: dict[str, Any] | None = None) -> tuple[nn.Module, list[str]]:
         """Trace ``model`` and put torch's observers (or fake-quantizers) into the graph.

@@ -141,6 +141,7 @@ def convert(setup: Setup, model: nn.Module, logits: Tensor, float_model: nn.Modu
     trained = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     trained |= {f"{name}.weight": layer.folded()[0].detach() for name, layer in fake_layers(model)}
     model = scheme.convert(model).to(setup.device)
+    trained |= getattr(model, "float_weights", {})  # of a graph of torch's, whose layers have names only now
     converted = predict(model, setup.batches, "convert == prepare")
     exact = torch.equal(converted, logits)
     if not exact and scheme.exact:

@@ -81,7 +81,7 @@ class Qat(Scheme):
         if late or (self.freeze_batch_norm_step or 0) < 0:
             raise ValueError(
                 f"freeze_batch_norm_step is {self.freeze_batch_norm_step} and freeze_step {self.freeze_step}; a batch-norm is part of the "
-                "weight whose scale is frozen, so 0 <= freeze_batch_norm_step <= freeze_step. Set quantizer.freeze_batch_norm_step=null, say."
+                "weight whose scale is frozen, so 0 <= freeze_batch_norm_step <= freeze_step. Set quantizer.freeze_batch_norm_step=null"
             )
 
     def prepare(self, model: nn.Module, keep_float: list[str], example: dict[str, Any] | None = None) -> tuple[nn.Module, list[str]]:

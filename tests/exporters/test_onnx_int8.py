@@ -351,7 +351,7 @@ class Faulty(OnnxExport):
 
 
 def test_an_activation_that_differs_fails_the_receipt(tmp_path: Path) -> None:
-    with pytest.raises(ReceiptFailed, match="activation inner.activation_fake comes out differently"):
+    with pytest.raises(ReceiptFailed, match=r"activation inner.activation_fake comes out differently"):
         Faulty(latency_repeats=0).export(job(quantized(Small(32), Int8(), None, Int8Activation()), tmp_path))
 
 

@@ -164,6 +164,19 @@ def test_the_call_stays_the_models_for_any_batch_length_and_order(bert: nn.Modul
     assert hasattr(ours(**sentences()), "logits")
 
 
+def test_outliers_are_smoothed_before_the_model_is_traced(bert: nn.Module) -> None:
+    model = copy.deepcopy(bert)
+    with torch.no_grad():
+        model.bert.embeddings.LayerNorm.weight[3] *= 60
+    scheme, x = PtqGraph(smoothquant=0.5), sentences(5, 13, 7)
+    smoothed = scheme.transform(copy.deepcopy(model), SENTENCES, ["classifier"])
+    assert scheme.details["smoothing"] and nmse(logits(model, x), logits(smoothed, x)) < 1e-8
+    ours = quantized(scheme, smoothed, SENTENCES, ["classifier"])
+    assert nmse(logits(model, x), logits(ours, x)) < nmse(
+        logits(model, x), logits(quantized(PtqGraph(), model, SENTENCES, ["classifier"]), x)
+    )
+
+
 def test_a_copy_computes_the_same_and_convert_has_nothing_left_to_do(bert: nn.Module) -> None:
     scheme = PtqGraph(embedding=Int8())
     ours = quantized(scheme, bert, SENTENCES)
@@ -287,6 +300,7 @@ def test_a_pattern_that_matches_nothing_raises(bert: nn.Module) -> None:
         (lambda: QatGraph(keep_float=["auto:3"]), r"quantizer=qat quantizer\.keep_float=auto:N"),
         (lambda: QatGraph(freeze_step=5, freeze_batch_norm_step=9), r"0 <= freeze_batch_norm_step <= freeze_step"),
         (lambda: PtqGraph(smoothquant=2.0), r"quantizer\.smoothquant is 2\.0"),
+        (lambda: PtqGraph(smoothquant=0.5, backend="xnnpack"), r"Set quantizer\.backend=x86, or quantizer\.smoothquant=null"),
     ],
 )
 def test_options_that_cannot_be_are_refused(make: Callable[[], object], message: str) -> None:
@@ -473,6 +487,21 @@ def test_dropout_and_the_dropout_inside_attention_follow_the_mode(bert: nn.Modul
     assert all((n.args[4] if len(n.args) > 4 else n.kwargs["dropout_p"]) == 0.1 for n in attention)
     model.eval()
     assert torch.equal(logits(model, x), logits(model, x))
+
+
+def test_a_mode_that_is_set_without_train_counts() -> None:
+    """Lightning does so after each validation."""
+    model = quantized(QatGraph(), residual_cnn(), IMAGES)
+    before = state(model)
+    for module in model.modules():
+        module.training = True
+    logits(model, images(8, 30))
+    assert any("running" in n for n in changed(before, model)) and any(n.endswith("min_val") for n in changed(before, model))
+    before = state(model)
+    for module in model.modules():
+        module.training = False
+    logits(model, images(8, 31))
+    assert not changed(before, model)
 
 
 def test_frozen_ranges_and_batch_norms_stay() -> None:

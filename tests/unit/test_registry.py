@@ -17,6 +17,7 @@ HEAVY = ("torch", "torchao", "transformers", "onnx", "onnxruntime", "lightning",
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is forgotten, by the registry and by Hydra."""
+    registry.load_all()  # what is imported only once is registered only once
     store = ConfigStore.instance()
     monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
     monkeypatch.setattr(store, "repo", {k: dict(v) if isinstance(v, dict) else v for k, v in store.repo.items()})
