@@ -271,7 +271,7 @@ class Exporter(ABC):
             if getattr(layer, "inverse_smoothing", None) is not None:
                 x = x * layer.inverse_smoothing
             x, w = layer.activation_fake(x), layer.quantized.decode()
-            training = layer.geometry.convolve(x, w, None) if layer.kind == "conv" else torch.nn.functional.linear(x, w)
+            training = _convolve(layer, x, w) if layer.kind == "conv" else torch.nn.functional.linear(x, w)
             receipt.add_layer(name, training, product, self.tolerances)
 
 
@@ -336,6 +336,12 @@ def probe(activation: Any) -> Tensor:
     halves = values + 0.5 * step
     x = torch.cat([torch.randn(779, generator=generator) * values.abs().amax(), values, halves, values - 0.5 * step, ends])
     return x[: len(x) // 8 * 8].reshape(8, -1)
+
+
+def _convolve(layer: Any, x: Tensor, w: Tensor) -> Tensor:
+    """conv1d or conv2d, by the shape of ``w``, without bias."""
+    convolution = torch.nn.functional.conv1d if w.ndim == 3 else torch.nn.functional.conv2d
+    return convolution(x, w, None, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
 def _input_shape(layer: Any) -> tuple[int, ...]:

@@ -182,7 +182,7 @@ class _Plan:
         if _is_module(self.graph, node, _PRODUCTS):
             self.integer.add(node)
             self._read(node.args[0], str(node.target))
-        elif _moves(self.graph, node) or _clamps(self.graph, node):
+        elif moves(self.graph, node) or _clamps(self.graph, node):
             if operands and operands[0] in self.integer:
                 self.integer.add(node)
         elif (_joins(node) or _pools(self.graph, node)) and operands and all(o in self.integer for o in operands):
@@ -207,12 +207,12 @@ class _Plan:
 def _leads_to_output(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "output":
         return True
-    return _moves(graph, node) and any(_leads_to_output(graph, user) for user in node.users)
+    return moves(graph, node) and any(_leads_to_output(graph, user) for user in node.users)
 
 
 def _origin(graph: fx.GraphModule, node: Any) -> fx.Node:
     """The value that ``node`` is, before it was moved."""
-    while _moves(graph, node) and node.all_input_nodes:
+    while moves(graph, node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
@@ -221,7 +221,7 @@ def _is_module(graph: fx.GraphModule, node: fx.Node, classes: Any) -> bool:
     return node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), classes)
 
 
-def _moves(graph: fx.GraphModule, node: fx.Node) -> bool:
+def moves(graph: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return _is_module(graph, node, _PASS_MODULES)
     if node.op == "call_function":

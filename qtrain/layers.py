@@ -133,7 +133,7 @@ class FakeLayer(nn.Module):
         w = self.weight_fake(w, params)
         if step is None or b is None:
             return w, b
-        return w, straight_through(b, _round_bias(b.detach(), step).float() * step, None)
+        return w, straight_through(b, round_bias(b.detach(), step).float() * step, None)
 
     def encode(self, name: str) -> tuple[QuantizedTensor, Tensor | None, Tensor | None]:
         """Integer codes of the weight; the bias, float32 [O]; and its codes, int32 [O], where it is on a grid.
@@ -149,7 +149,7 @@ class FakeLayer(nn.Module):
         if step is None or b is None:
             return q, b, None
         require_finite(b, f"the bias of {name}")
-        codes = _round_bias(b, step)
+        codes = round_bias(b, step)
         return q, codes.float() * step, codes
 
     @torch.no_grad()
@@ -171,7 +171,7 @@ class FakeLayer(nn.Module):
         return params, (s_x * scale).reshape(-1).expand(len(w))
 
 
-def _round_bias(b: Tensor, step: Tensor) -> Tensor:
+def round_bias(b: Tensor, step: Tensor) -> Tensor:
     limit = 2.0**31 - 128  # the largest float32 below 2^31
     return (b / step).round().clamp(-limit, limit).to(torch.int32)
 

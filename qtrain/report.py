@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qtrain.console import console
 
-STAGES = {"float": "float", "ptq": "PTQ (rounded)", "qat": "QAT"}
+STAGES = {"float": "float", "ptq": "PTQ (rounded)", "qat": "QAT", "converted": "converted"}
 METRICS = {"accuracy": "accuracy", "loss": "loss", "perplexity": "perplexity", "agreement": "agreement with float", "kl": "KL to float"}
 SHARES = ("accuracy", "agreement")
 ANALYSIS_HEAD = ["layer", "weight grid", "SQNR of its output", "accuracy", "points lost", "agreement", "KL to float"]

@@ -59,6 +59,8 @@ def pipeline(config: Config, record: Record, folder: Path) -> float:
             logits = measure(setup, "qat", model, float_logits)
     with record.stage("convert"):
         model, logits = convert(setup, model, logits, float_model)
+        if not scheme.exact:
+            logits = measure(setup, "converted", model, float_logits)
         record.data["validation"] = validate(setup, model)
     for name, exporter in config.export.items():
         with record.stage(f"export {name}"):

@@ -60,6 +60,10 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
 def preflight(setup: Setup, model: nn.Module) -> None:
     """Find in seconds what would fail after minutes: patterns, shapes, and exporters that cannot hold the grids."""
     scheme, trial = copy.deepcopy(setup.config.quantizer), copy.deepcopy(model)
+    for module in trial.modules():  # norms that begin at zero, as fresh residual networks have them, would make constants
+        scale = getattr(module, "weight", None)
+        if isinstance(scale, nn.Parameter) and scale.ndim == 1 and not scale.any():
+            nn.init.ones_(scale)
     example = setup.data.example_inputs(2)
     always = setup.config.model.always_float(trial)
     trial, _ = scheme.prepare(scheme.transform(trial, [example], always), always, example)
@@ -82,9 +86,16 @@ def quantize(setup: Setup, float_model: nn.Module) -> nn.Module:
     model, record.data["kept_float"] = scheme.prepare(model, always, setup.data.example_inputs(2))
     model = scheme.calibrate(model, calibration)
     record.data |= scheme.details
-    for fallback in scheme.fallbacks:
-        record.fallback(fallback["name"], fallback["why"])
+    record_fallbacks(setup)
     return model
+
+
+def record_fallbacks(setup: Setup) -> None:
+    """What the quantizer could not do as asked, since it was last asked."""
+    fallbacks = setup.config.quantizer.fallbacks
+    while fallbacks:
+        fallback = fallbacks.pop(0)
+        setup.record.fallback(fallback["name"], fallback["why"])
 
 
 def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: Any = (), teacher: nn.Module | None = None) -> None:
@@ -141,6 +152,7 @@ def convert(setup: Setup, model: nn.Module, logits: Tensor, float_model: nn.Modu
     trained = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     trained |= {f"{name}.weight": layer.folded()[0].detach() for name, layer in fake_layers(model)}
     model = scheme.convert(model).to(setup.device)
+    record_fallbacks(setup)
     trained |= getattr(model, "float_weights", {})  # of a graph of torch's, whose layers have names only now
     converted = predict(model, setup.batches, "convert == prepare")
     exact = torch.equal(converted, logits)

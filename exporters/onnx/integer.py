@@ -135,9 +135,9 @@ class IntegerLowering:
         if weight is None:
             weight = self._integer_kernel() if integer else self._float_kernel()
         bias: ir.Value | None = None
-        if self.module.bias_codes is not None:
+        if integer and self.module.bias_codes is not None:
             bias = self.bias_on_grid()
-        elif self.module.bias is not None:
+        elif self.module.bias is not None:  # in a float convolution, of the same value
             bias = self.initializer("float_bias", lambda: _array(self.module.bias))
         attributes: dict[str, Any] = {"strides": list(self.module.stride), "pads": [*self.module.padding, *self.module.padding]}
         attributes |= {"dilations": list(self.module.dilation), "group": self.module.groups, "kernel_shape": list(self.q.shape[2:])}

@@ -24,13 +24,11 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
-from exporters.onnx.build import FLOAT, Builder, int4
+from exporters.onnx.build import FLOAT, Builder
 from exporters.onnx.integer import IntegerLowering
 from exporters.onnx.layout import Layout, block_params, pack, signed_codes
 from exporters.onnx.profile import PROFILES, Profile
 from exporters.onnx.trace import CONTRIB, DOMAIN
-
-_int4 = int4
 
 
 def lower(

@@ -89,6 +89,8 @@ class _Finish:
     settings: Settings
 
     def run(self, model: nn.Module, graph: ir.Model, fused: bool, check: bool) -> Written:
+        if not fused and self.settings.profile.contrib:
+            trace.split_layer_norms(graph)
         if self.layers:
             modules = {**self.layers, **standalone_activations(model)}
             lower.lower(graph, modules, self.layouts, self.settings.profile, fused)

@@ -4,11 +4,11 @@
     fx     prepare_fx -> calibrate -> convert_fx (torch.ao), for convolutional networks; deprecated, pt2e replaces it
 
 For comparison with `ptq_static`, and for models whose grid is to be that of torch.compile's x86 or ARM backends, or of XNNPACK. The result
-is lowered to qtrain's layers (`qtrain/lowering.py`) with torch's codes and scales, so that every exporter packs it; activations are rounded
-as the runtimes do it (divided by the scale, where torch multiplies by its inverse).
+is lowered to qtrain's layers (`qtrain/pt2e/lowering.py`) with torch's codes and scales, so that every exporter packs it; activations are
+rounded as the runtimes do it (divided by the scale, where torch multiplies by its inverse).
 
-Ranges come from torch's histogram observer (least squared error over 2048 bins); grids are in `qtrain/pt2e.py`. What it cannot do: models
-whose Python decides by values, other grids, other observers; `ptq_static` swaps layers and needs no graph.
+Ranges come from torch's histogram observer (least squared error over 2048 bins); grids are in `qtrain/pt2e/__init__.py`. What it cannot
+do: models whose Python decides by values, other grids, other observers; `ptq_static` swaps layers and needs no graph.
 """
 
 from __future__ import annotations

@@ -6,13 +6,13 @@
                   output is scaled back and normalized by the batch (Jacob et al. 2018, arXiv 1712.05877; Krishnamoorthi 2018)
 
 The model is traced in training mode; dropout, attention's dropout and batch-norms follow train() and eval(), and ranges are followed in
-training only (`qtrain/exported.py`). Calibration gives the ranges to start from. Two schedules, in optimizer steps:
+training only (`qtrain/pt2e/exported.py`). Calibration gives the ranges to start from. Two schedules, in optimizer steps:
 
     freeze_step              scales and ranges stay fixed from here on
     freeze_batch_norm_step   statistics of batch-norms stay fixed from here on
 
 **What convert changes.** Activations are rounded as the runtimes do it (divided by the scale), biases of convolutions become int32, and a
-folded batch-norm sums in another order; codes and scales of weights stay those of training (`qtrain/graph_qat.py`), which torch's own
+folded batch-norm sums in another order; codes and scales of weights stay those of training (`qtrain/pt2e/graph_qat.py`), which torch's own
 convert would change. The run reports the difference (`convert_equals_prepare.nmse`) and exports what was converted. `quantizer=qat` has no
 such difference, any grid, a float start and learned scales; this one is for comparison, and for torch's backends.
 """

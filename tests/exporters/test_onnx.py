@@ -249,6 +249,8 @@ class Corrupting(OnnxExport):
 
     registered_name = "onnx"
     target = ""
+    position = 7
+    """Of the byte that is changed."""
     kept: bytes = b""
 
     def write(self, job: ExportJob, folder: Path) -> Artefact:
@@ -258,7 +260,7 @@ class Corrupting(OnnxExport):
         file = onnx.load_from_string(self.kept)
         tensor = next(i for i in file.graph.initializer if i.name == self.target)
         data = bytearray(tensor.raw_data)
-        data[7] ^= 1
+        data[self.position] ^= 1
         tensor.raw_data = bytes(data)
         onnx.save(file, path)
         return Artefact(path, [path])

@@ -11,16 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qtrain import exported, observed
 from qtrain.activations import QuantizedActivation
 from qtrain.checkpoint import load_weights, save_model
-from qtrain.exported import Exported, Untraceable, aten, fake_quantizers
-from qtrain.graph_qat import ConvBatchNorm, fold_batch_norms
 from qtrain.grids.affine import Int8
 from qtrain.layers import QuantizedConv, QuantizedEmbedding, QuantizedLinear, quantized_layers
-from qtrain.lowering import lower_pt2e
 from qtrain.module import logits_of
-from qtrain.pt2e import BACKENDS, GraphScheme
+from qtrain.pt2e import BACKENDS, GraphScheme, exported, observed
+from qtrain.pt2e.exported import Exported, Untraceable, aten, fake_quantizers
+from qtrain.pt2e.graph_qat import ConvBatchNorm, fold_batch_norms
+from qtrain.pt2e.lowering import lower_pt2e
 from qtrain.quantizers.ptq_graph import PtqGraph
 from qtrain.quantizers.qat_graph import QatGraph
 from qtrain.receipt import nmse
@@ -501,7 +500,7 @@ def test_a_mode_that_is_set_without_train_counts() -> None:
     for module in model.modules():
         module.training = False
     logits(model, images(8, 31))
-    assert not changed(before, model)
+    assert all(n.endswith("observer_enabled") for n in changed(before, model))
 
 
 def test_frozen_ranges_and_batch_norms_stay() -> None:
@@ -572,6 +571,38 @@ def test_epsilon_and_momentum_of_batch_norms_are_the_models() -> None:
     torch.testing.assert_close(logits(folded, x), logits(model, x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_channel_that_is_switched_off_stays_off() -> None:
+    model = residual_cnn()
+    with torch.no_grad():
+        model.block.bn2.weight[1] = 0.0
+    scheme = QatGraph()
+    trained = quantized(scheme, model, IMAGES)
+    x = images(16, 9)
+    assert nmse(logits(model, x), logits(trained, x)) < 1e-2
+    steps(trained, IMAGES)
+    y = logits(trained, x)
+    assert bool(torch.isfinite(y).all()) and nmse(y, logits(scheme.convert(trained), x)) < 1e-3
+
+
+def test_a_relu_that_is_called_twice_and_a_batch_norm_without_a_convolution() -> None:
+    class Preactivation(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.relu = nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+            self.a, self.b, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            x = self.relu(self.a(self.relu(self.norm(pixel_values))))
+            return self.relu(self.last(self.relu(self.b(x)))).mean((2, 3))
+
+    torch.manual_seed(0)
+    model, x = Preactivation().eval(), images(16, 9)
+    for scheme in (PtqGraph(), QatGraph()):
+        ours = scheme.convert(quantized(scheme, model, IMAGES))
+        assert nmse(logits(model, x), logits(ours, x)) < 1e-2
+        assert [n for n, _ in quantized_layers(ours)] == ["a", "b"]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_convolution_kept_in_float_trains_and_is_folded_too(backend: str) -> None:
     scheme = QatGraph(backend=backend, keep_float=["stem"])
@@ -625,9 +656,12 @@ def test_a_checkpoint_restores_a_trained_graph(bert: nn.Module, tmp_path: Path) 
     assert not torch.equal(logits(again, sentences()), logits(model, sentences()))
     assert load_weights(tmp_path / "qat", again) == {"stage": "qat"}
     assert torch.equal(logits(again, sentences()), logits(model, sentences()))
-    steps(model, SENTENCES, 1)
-    again.train()
-    assert again.state_dict().keys() == model.state_dict().keys()
+    model.train()
+    save_model(tmp_path / "training", model, stage="qat")
+    load_weights(tmp_path / "training", again)
+    before = state(again)
+    assert torch.equal(logits(again, sentences()), logits(model.eval(), sentences()))
+    assert all(n.endswith("observer_enabled") for n in changed(before, again)), "it was saved in training, and is evaluated here"
 
 
 def test_a_copy_of_a_model_in_training_trains_by_itself() -> None:

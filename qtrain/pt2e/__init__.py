@@ -1,7 +1,7 @@
 """torch's graph flows (torchao's PT2E, and the older prepare_fx), ending in qtrain's layers: what their quantizers share.
 
     float model -> torch.export -> prepare_pt2e: torch's quantizer says which operators and values get a grid, and puts observers there
-                -> calibration (and, for qat_graph, training) -> convert_pt2e -> `qtrain/lowering.py` -> QuantizedLinear, QuantizedConv, …
+                -> calibration (and, for qat_graph, training) -> convert_pt2e -> `lowering.py` -> QuantizedLinear, QuantizedConv, …
 
 The grid is the quantizer's, and there are no options for it:
 
@@ -13,7 +13,7 @@ The grid is the quantizer's, and there are no options for it:
 x86 and arm are torch.compile's backends, where a convolution and the addition behind it are one operator, so that the value between them
 stays in float; onnxruntime has no such operator and runs that convolution in float. backend=xnnpack suits it better. A reduced range of
 activations (7 bits, for CPUs without VNNI) is not used: such CPUs need fewer bits in the *weights* (quantizer=ptq_static,
-quantizer.weight.bits=7). No scale is below 2^-12, as torch has it.
+quantizer.weight.bits=7). No scale is below 2^-12 (6.1e-5 in training), as torch has it: channels of tiny weights get few codes.
 
 Embeddings, which torch's quantizers leave in float, get the grid `embedding`.
 """
@@ -117,7 +117,7 @@ class GraphScheme:
         self, model: nn.Module, example: dict[str, Any], chosen: dict[str, nn.Module], kept: list[str]
     ) -> tuple[nn.Module, list[str]]:
         """See `prepare`; ``chosen`` modules by name, and the names of the others."""
-        from qtrain import exported, observed
+        from qtrain.pt2e import exported, observed
 
         if self.backend == "xnnpack" and not observed.xnnpack_module().__name__.startswith("executorch"):
             why = (
@@ -137,7 +137,7 @@ class GraphScheme:
         self, model: nn.Module, example: dict[str, Any], chosen: dict[str, nn.Module], kept: list[str]
     ) -> tuple[nn.Module, list[str]]:
         """As `_observed`, by prepare_fx."""
-        from qtrain import observed
+        from qtrain.pt2e import observed
 
         observed.require_convolutions(model)
         why = "deprecated in torch, which will remove it; quantizer.flow=pt2e (torch.export and torchao) replaces it"
@@ -150,10 +150,12 @@ class GraphScheme:
 
     def _converted_by_fx(self, model: Any) -> nn.Module:
         """torch.ao's convert step, and qtrain's layers in place of its modules."""
-        from qtrain.lowering import lower_fx
-        from qtrain.observed import convert_legacy
+        from qtrain.pt2e.exported import quiet
+        from qtrain.pt2e.lowering import lower_fx
+        from qtrain.pt2e.observed import convert_legacy
 
-        return self._finished(*lower_fx(convert_legacy(model)))
+        with quiet():
+            return self._finished(*lower_fx(convert_legacy(model)))
 
     def _check_embeddings(self, chosen: dict[str, nn.Module]) -> None:
         for name, module in chosen.items():
@@ -168,7 +170,7 @@ class GraphScheme:
         Raises:
             ValueError: if there is no data, or an activation is not finite or constant, naming the layer that reads it and the batch.
         """
-        from qtrain import observed
+        from qtrain.pt2e import observed
 
         if model.meta.get("embeddings"):  # type: ignore[union-attr, operator]
             observed.put_embeddings(model, model.meta["embeddings"], self.embedding)  # type: ignore[arg-type, index]
@@ -182,13 +184,13 @@ class GraphScheme:
         """
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-        from qtrain.exported import quiet
-        from qtrain.graph_qat import fold_batch_norms, keep_scales
-        from qtrain.lowering import lower_pt2e
+        from qtrain.pt2e.exported import quiet
+        from qtrain.pt2e.graph_qat import fold_batch_norms, keep_scales
+        from qtrain.pt2e.lowering import lower_pt2e
 
         model.eval()
+        fold_batch_norms(model)  # type: ignore[arg-type]
         if self.trains:
-            fold_batch_norms(model)  # type: ignore[arg-type]
             keep_scales(model)
         with quiet(), torch.no_grad():
             reference = convert_pt2e(model, fold_quantize=False)

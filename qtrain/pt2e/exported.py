@@ -114,6 +114,11 @@ class Exported(fx.GraphModule):
         for fake in fake_quantizers(self):
             fake.enable_observer(training and not self.frozen)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """A checkpoint from training holds fake-quantizers that observe: the next call sets them to this model's mode again."""
+        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        self._mode = None
+
     def _apply(self, fn: Any, recurse: bool = True) -> Exported:
         """Devices in the graph follow the parameters."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -130,6 +135,12 @@ class Exported(fx.GraphModule):
         if changed:
             self.recompile()
         return self
+
+
+def on_device(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``batch`` where the parameters of ``model`` are."""
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    return {name: x.to(device) for name, x in batch.items()}
 
 
 def fake_quantizers(model: nn.Module) -> Iterator[Any]:
@@ -160,6 +171,7 @@ def export(model: nn.Module, example: dict[str, Tensor], *, training: bool = Fal
     Raises:
         Untraceable: naming the operator or the source line that cannot be traced.
     """
+    example = on_device(model, example)
     open_axes = {name: axes(x) for name, x in example.items()}
     model.train(training)
     try:
@@ -244,12 +256,10 @@ def _pad_by_number(node: fx.Node) -> None:
 
 
 def _as_module(node: fx.Node) -> None:
-    """torchao's patterns for training know nn.ReLU and not F.relu, and would quantize in front of it as well."""
+    """Make of each activation a module of its own: torchao's patterns know nn.ReLU, not F.relu, and fail where one is called twice."""
     stack = dict(node.meta.get("nn_module_stack", {}))
     cls = _ACTIVATIONS[node.target]  # type: ignore[index]
-    name = f"{cls.__module__}.{cls.__qualname__}"
-    if not stack or list(stack.values())[-1][1] != name:
-        node.meta["nn_module_stack"] = stack | {node.name: (f"{module_of(node)}.{node.name}", name)}
+    node.meta["nn_module_stack"] = stack | {node.name: (f"{module_of(node)}.{node.name}", f"{cls.__module__}.{cls.__qualname__}")}
 
 
 def _is_float(node: fx.Node) -> bool:

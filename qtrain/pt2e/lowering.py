@@ -33,10 +33,10 @@ from torch import Tensor, fx, nn
 
 from qtrain import graph as cnn
 from qtrain.activations import QuantizedActivation
-from qtrain.exported import PRODUCTS, Exported, aten
 from qtrain.grids.affine import Affine
 from qtrain.grids.base import QuantizedTensor
-from qtrain.layers import BIAS_STEPS, Geometry, QuantizedConv, QuantizedLinear, _round_bias
+from qtrain.layers import BIAS_STEPS, Geometry, QuantizedConv, QuantizedLinear, round_bias
+from qtrain.pt2e.exported import PRODUCTS, Exported, aten
 
 decomposed = torch.ops.quantized_decomposed
 
@@ -182,7 +182,7 @@ class Lowering:
 
     def _origin(self, node: Any) -> Any:
         """The value that ``node`` is, before it was moved."""
-        while (_moves(node) or cnn._moves(self.graph, node)) and node.all_input_nodes:
+        while (moves(node) or cnn.moves(self.graph, node)) and node.all_input_nodes:
             node = node.all_input_nodes[0]
         return node
 
@@ -191,7 +191,7 @@ class Lowering:
         if source is not None and bias is not None:
             step = (source.params["scale"].reshape(()) * q.params["scale"]).reshape(-1).expand(len(bias))
             if bool((bias.abs() <= step * BIAS_STEPS).all()):
-                bias_codes = _round_bias(bias, step)
+                bias_codes = round_bias(bias, step)
                 bias = bias_codes.float() * step
             else:
                 self.notes.append({"name": name, "why": "its bias is too large for int32 steps of its weight's scale, and stays in float"})
@@ -364,7 +364,7 @@ def _equal(a: QuantizedActivation, b: QuantizedActivation) -> bool:
     return a.grid == b.grid and all(torch.equal(a.params[n], b.params[n]) for n in a.params)
 
 
-def _moves(node: Any) -> bool:
+def moves(node: Any) -> bool:
     if node.target in (aten.pad.default, aten.constant_pad_nd.default):
         rest = list(node.args[2:])
         return (

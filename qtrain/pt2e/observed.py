@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from qtrain.activations import NotFinite
-from qtrain.exported import PRODUCTS, Exported, Untraceable, aten, fake_quantizers, is_observer, quiet, reason
 from qtrain.graph import has_convolutions
-from qtrain.graph_qat import join, mend_batch_norms, split
 from qtrain.grids.base import Grid
 from qtrain.layers import FakeEmbedding
+from qtrain.pt2e.exported import PRODUCTS, Exported, Untraceable, aten, fake_quantizers, is_observer, on_device, quiet, reason
+from qtrain.pt2e.graph_qat import join, mend_batch_norms, split
 
 Note = dict[str, str]
 
@@ -40,10 +40,10 @@ def put_observers(graph: Exported, backend: str, training: bool, kept: list[str]
     """
     from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e, prepare_qat_pt2e
 
-    quantizer = _quantizer(graph, backend, training, kept)
     if training:
         split(graph, kept)
     with quiet():
+        quantizer = _quantizer(graph, backend, training, kept)
         try:
             prepared = (prepare_qat_pt2e if training else prepare_pt2e)(graph, quantizer)
         except Exception as error:  # its patterns assert what they expect
@@ -132,7 +132,7 @@ def put_legacy_observers(model: nn.Module, example: dict[str, Tensor], backend: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return prepare_fx(model.eval(), mapping, tuple(example.values()))
+            return prepare_fx(model.eval(), mapping, tuple(on_device(model, example).values()))
         except Exception as error:  # whatever the model's code raises when it is given proxies
             raise Untraceable(
                 f"prepare_fx cannot trace {type(model).__name__}: {reason(error)}. Set quantizer=ptq_static, which traces what it can, or "
@@ -214,7 +214,6 @@ def observe(graph: fx.GraphModule, batches: Iterable[dict[str, Tensor]]) -> int:
     Raises:
         ValueError: if there is no batch, or an activation is not finite or constant, naming the layer that reads it and the batch.
     """
-    device = next((t.device for t in (*graph.parameters(), *graph.buffers())), torch.device("cpu"))
     if isinstance(graph, Exported):
         graph.eval()
     fakes = list(fake_quantizers(graph))
@@ -226,7 +225,7 @@ def observe(graph: fx.GraphModule, batches: Iterable[dict[str, Tensor]]) -> int:
             fake.enable_observer(True)
             fake.disable_fake_quant()
         for batch in batches:
-            graph(**{name: value.to(device) for name, value in batch.items()})
+            graph(**on_device(graph, batch))
             examples, number = examples + len(next(iter(batch.values()))), number + 1
     except NotFinite as error:
         raise ValueError(f"calibration batch {number}: {error}") from error
@@ -241,7 +240,7 @@ def observe(graph: fx.GraphModule, batches: Iterable[dict[str, Tensor]]) -> int:
     for layer, observer in activations:
         _require_range(layer, getattr(observer, "activation_post_process", observer))
     if fakes:
-        graph(**{name: value.to(device) for name, value in batch.items()})  # they derive scales from ranges when they are used
+        graph(**on_device(graph, batch))  # they derive scales from ranges when they are used
     return examples
 
 

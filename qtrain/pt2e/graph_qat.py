@@ -4,10 +4,10 @@ prepare_qat_pt2e makes of a convolution and the batch-norm behind it
 
     factor = gamma / sqrt(running variance + eps)        y = batch_norm(conv(x, fake(w * factor)) / factor + b)
 
-with epsilon 1e-5 and momentum 0.1 whatever the batch-norm had; `mend_batch_norms` puts back what it had. convert_pt2e then folds
-batch-norms by patterns that it exports anew each time (half a minute), for that epsilon only; `fold_batch_norms` does it before, in the
-order of operations in which they were trained. And convert_pt2e computes scales a second time, by another rule; `keep_scales` gives it
-those of training.
+with epsilon 1e-5 and momentum 0.1 whatever the batch-norm had, and NaN where gamma is 0; `mend_batch_norms` mends that. convert_pt2e
+then folds batch-norms by patterns that it exports anew each time (half a minute), for that epsilon only; `fold_batch_norms` does it before,
+in the order of operations in which they were trained. And convert_pt2e computes scales a second time, by another rule; `keep_scales` gives
+it those of training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from qtrain.exported import PRODUCTS, Exported, aten, fake_quantizers, is_observer
+from qtrain.pt2e.exported import PRODUCTS, Exported, aten, fake_quantizers, is_observer
 
 
 @dataclass
@@ -30,6 +30,7 @@ class ConvBatchNorm:
     conv: fx.Node
     scaled: fx.Node
     """w * factor."""
+    factor: fx.Node
     variance: fx.Node
     """running variance + eps; factor = gamma / sqrt(variance)."""
     bias: fx.Node | None
@@ -45,10 +46,11 @@ class ConvBatchNorm:
         weight = _input(conv, 1) if _is(conv, *PRODUCTS) else None
         scaled = _input(weight, 0) if is_observer(graph, weight) else weight
         factor = _input(_input(scaled, 1), 0) if _is(scaled, aten.mul.Tensor) else None
+        factor = _input(factor, 0) if _is(factor, away_from_zero) else factor
         variance = _input(_input(factor, 1), 0) if _is(factor, aten.div.Tensor) else None
-        if conv is None or scaled is None or variance is None:
+        if conv is None or scaled is None or factor is None or variance is None:
             return None
-        return cls(batch_norm, conv, scaled, variance, bias)
+        return cls(batch_norm, conv, scaled, factor, variance, bias)
 
 
 def _is(node: fx.Node | None, *operators: Any) -> bool:
@@ -78,8 +80,13 @@ def join(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
+def away_from_zero(factor: Tensor) -> Tensor:
+    """``factor``, and 1 where a channel is switched off: the batch-norm itself multiplies what was divided by it with 0."""
+    return torch.where(factor.abs() < 1e-12, torch.ones_like(factor), factor)
+
+
 def mend_batch_norms(graph: fx.GraphModule) -> None:
-    """torchao's training pattern has momentum 0.1 and epsilon 1e-5, whatever the batch-norm had: put back what it had."""
+    """Put back epsilon and momentum of batch-norms, and divide by no zeros."""
     for node in graph.graph.nodes:
         had = node.meta.get("batch_norm") if node.target == aten.batch_norm.default else None
         if had is None:
@@ -88,6 +95,10 @@ def mend_batch_norms(graph: fx.GraphModule) -> None:
         pair = ConvBatchNorm.of(graph, node)
         if pair is not None:
             pair.variance.args = (pair.variance.args[0], had["eps"])
+            factor = pair.factor
+            with graph.graph.inserting_after(factor):
+                safe = graph.graph.call_function(away_from_zero, (factor,))
+            factor.replace_all_uses_with(safe, delete_user_cb=lambda user, safe=safe: user is not safe)
     graph.recompile()
 
 
