@@ -100,7 +100,9 @@ def _sentences(tokenizer: Any, path: Path, count: int | None) -> list[tuple[Inpu
     found = []
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
-        encoded = tokenizer([r["sentence"] for r in part], padding=True, truncation=True, max_length=128, return_tensors="pt")
+        encoded = tokenizer(
+            [r.get("sentence") or r["content"] for r in part], padding=True, truncation=True, max_length=128, return_tensors="pt"
+        )
         inputs = {n: encoded[n] for n in ("input_ids", "attention_mask")}
         found.append((inputs, torch.tensor([int(r["label"]) for r in part])))
     return found

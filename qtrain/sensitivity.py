@@ -64,7 +64,7 @@ def analyze(
     batches = first(validation_batches, examples)
     if not batches:
         raise ValueError(
-            "there are no validation examples to analyze layers with; set data.validation_examples=256, say, or analyze=false and "
+            "there are no validation examples to analyze layers with; set data.validation_fraction=0.1, say, or analyze=false and "
             "quantizer.keep_float without auto:N"
         )
     scheme = copy.deepcopy(scheme)

@@ -39,7 +39,7 @@ class PtqGraph(GraphScheme):
         if self.flow not in FLOWS:
             raise ValueError(f"quantizer.flow is {self.flow!r}; valid: {', '.join(FLOWS)}. Set quantizer.flow=pt2e, say.")
         if self.flow == "fx" and self.backend == "xnnpack":
-            raise ValueError("quantizer.flow=fx has the backends x86 and arm, given quantizer.backend=xnnpack. Set quantizer.flow=pt2e")
+            raise ValueError("quantizer.flow=fx has the backends x86 and arm, given quantizer.backend=xnnpack. Set quantizer.backend=x86")
 
     def _observed(
         self, model: nn.Module, example: dict[str, Any], chosen: dict[str, nn.Module], kept: list[str]

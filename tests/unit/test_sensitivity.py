@@ -206,7 +206,7 @@ def test_only_so_many_examples_are_used() -> None:
 
 def test_bad_input_says_what_to_do() -> None:
     data = batches(Words)
-    with pytest.raises(ValueError, match=r"no validation examples.*data\.validation_examples=256.*analyze=false"):
+    with pytest.raises(ValueError, match=r"no validation examples.*data\.validation_fraction=0\.1.*analyze=false"):
         analyze(scheme(), build(Words), [], [data[0][0]], [], 100)
     with pytest.raises(ValueError, match=r"no calibration data"):
         analyze(scheme(), build(Words), [], [], data, 100)
