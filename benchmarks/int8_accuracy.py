@@ -30,7 +30,7 @@ from qtrain.record import Record  # noqa: E402
 from qtrain.stages import convert, export, fit_stage, load, measure, quantize  # noqa: E402
 
 OBSERVERS = ("minmax", "moving_average", "percentile", "histogram_mse", "histogram_kl")
-QAT_BERT = ["quantizer.fit.max_steps=400"]
+QAT_BERT = ["quantizer.fit.max_steps=200"]
 SST2 = {
     **{f"static, {o}": ["+recipe=ptq_static_bert", f"quantizer.observer={o}"] for o in OBSERVERS},
     "static, SmoothQuant": ["+recipe=smoothquant_bert"],

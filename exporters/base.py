@@ -121,7 +121,7 @@ class Exporter(ABC):
 
     @property
     @abstractmethod
-    def runtime(self) -> str:
+    def runtime_version(self) -> str:
         """Name and version of the runtime that makes the receipt: `onnxruntime 1.31.0`."""
 
     @abstractmethod
@@ -184,13 +184,13 @@ class Exporter(ABC):
         final = Path(job.folder) / self.registered_name
         with staged(final) as work, _status(f"{self.registered_name}: packing") as status:
             artefact = self.write(job, work)
-            status(f"{self.registered_name}: receipt from {self.runtime}")
+            status(f"{self.registered_name}: receipt from {self.runtime_version}")
             receipt = self._receipt(job, artefact)
             entry = {
                 "target": self.registered_name,
                 "path": str(final / artefact.path.relative_to(work)),
                 "bytes": sum(f.stat().st_size for f in artefact.files),
-                "runtime": self.runtime,
+                "runtime": self.runtime_version,
                 "receipt": receipt.json(),
             }
             if not receipt.passed:

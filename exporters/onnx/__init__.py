@@ -144,7 +144,7 @@ class OnnxExport(Exporter):
             )
 
     @property
-    def runtime(self) -> str:
+    def runtime_version(self) -> str:
         import onnxruntime
 
         return f"onnxruntime {onnxruntime.__version__}"

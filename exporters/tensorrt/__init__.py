@@ -117,7 +117,6 @@ class TensorrtExport(Exporter):
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("runtime", self.runtime, RUNTIMES)
-        self.wanted = self.runtime
         batches = (self.min_batch, self.opt_batch, self.max_batch)
         if not 1 <= batches[0] <= batches[1] <= batches[2]:
             raise ValueError(
@@ -137,15 +136,12 @@ class TensorrtExport(Exporter):
 
     # -- what the base class asks ------------------------------------------------------------------------------------
 
-    def export(self, job: ExportJob) -> dict[str, Any]:
-        """As the base class does. It writes `runtime` into the receipt, which there is the name of what computes, and here is an option."""
+    @property
+    def runtime_version(self) -> str:
+        """What computes the receipt; see `checks` for the engine."""
         import onnxruntime
 
-        self.wanted, self.runtime = self.runtime, f"onnxruntime {onnxruntime.__version__}"
-        try:
-            return super().export(job)
-        finally:
-            self.runtime = self.wanted
+        return f"onnxruntime {onnxruntime.__version__}"
 
     def refuse(self, model: nn.Module) -> None:
         """As the base class does; and a runtime that needs a GPU is refused where there is none.
@@ -155,10 +151,10 @@ class TensorrtExport(Exporter):
         """
         from exporters.tensorrt import engine, rtx
 
-        missing = {"tensorrt": engine.unavailable, "rtx": rtx.unavailable}.get(self.wanted, lambda: "")()
+        missing = {"tensorrt": engine.unavailable, "rtx": rtx.unavailable}.get(self.runtime, lambda: "")()
         if missing:
             raise ValueError(
-                f"export.tensorrt.runtime={self.wanted} builds and runs on this machine, which has {missing}. "
+                f"export.tensorrt.runtime={self.runtime} builds and runs on this machine, which has {missing}. "
                 "Set export.tensorrt.runtime=auto to write the network and the scripts that build its engine elsewhere"
             )
         super().refuse(model)
@@ -204,7 +200,7 @@ class TensorrtExport(Exporter):
         files = save(graph, path)
         settings = self._settings(job, path, _profile(graph, ranges))
         usual = {axis: sizes[1] for axis, sizes in ranges.items()}
-        check_file(path, usual, settings["profile"], self.wanted != "onnxruntime", checks)
+        check_file(path, usual, settings["profile"], self.runtime != "onnxruntime", checks)
         if self.precision == "fp16":
             activations = quantizes_activations(job.model)
             check_parity(path, single, job.batches, job.training_logits, activations, self.rtol, self.atol, checks)
@@ -344,10 +340,10 @@ class TensorrtExport(Exporter):
         from exporters.tensorrt import engine, rtx
 
         checks, folder = artefact.checks, artefact.path.parent
-        if self.wanted == "onnxruntime":
+        if self.runtime == "onnxruntime":
             checks.results["engine"] = "not built: export.tensorrt.runtime=onnxruntime"
             return
-        if self.wanted == "rtx":
+        if self.runtime == "rtx":
             self._run_rtx(job, artefact)
             return
         if missing := engine.unavailable():

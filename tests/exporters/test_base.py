@@ -29,7 +29,7 @@ class Pretend(Exporter):
     registered_name = "pretend"
 
     @property
-    def runtime(self) -> str:
+    def runtime_version(self) -> str:
         return "pretend 1.0"
 
     def refusals(self, model: nn.Module) -> list[str]:

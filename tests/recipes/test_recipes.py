@@ -97,3 +97,15 @@ def keys(node: DictConfig, prefix: str = "") -> list[str]:
         name = f"{prefix}{key}"
         found += keys(child, f"{name}.") if isinstance(child, DictConfig) and not child._is_none() and len(child) else [name]
     return found
+
+
+def test_the_most_harmful_layers_stay_in_float_and_the_analysis_says_why(tmp_path: Path) -> None:
+    options = ["analyze=true", "analyze_examples=32", "quantizer.keep_float=auto:2", "export.onnx.latency_repeats=0"]
+    done = qtrain("+recipe=ptq_static_cnn", *TINY_CNN, *options, "finetune.epochs=2", f"run_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    rows = run["analysis"]
+    assert len(rows) == 20 and [r["kl"] for r in rows] == sorted((r["kl"] for r in rows), reverse=True)
+    assert set(run["kept_float"]) == {rows[0]["name"], rows[1]["name"]} and len(run["quantized"]) == 18
+    assert "auto:2 keeps in float" in done.stdout
+    assert rows[0]["name"] in (tmp_path / "run" / "report.html").read_text()

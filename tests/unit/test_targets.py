@@ -107,3 +107,30 @@ def test_a_scheme_refuses_what_it_cannot_do() -> None:
     Scheme(activation=Affine(8, granularity="tensor"), activation_range="static")
     with pytest.raises(ValueError, match="static has no activation grid to fix"):
         Scheme(activation_range="static")
+
+
+def test_observers_have_one_list_of_names() -> None:
+    from qtrain import observers, targets
+
+    assert set(targets.OBSERVERS) == set(observers.OBSERVERS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"observer": "entropy"}, r"quantizer\.observer is 'entropy'; valid: minmax, .*histogram_kl"),
+        ({"percentile": 40.0}, r"quantizer\.percentile is 40\.0; it is above 50"),
+        ({"smoothquant": 1.5}, r"quantizer\.smoothquant is 1\.5; it is from 0 to 1"),
+        ({"keep_float": "auto:many"}, r"quantizer\.keep_float has 'auto:many'; N of auto:N is a positive integer"),
+        ({"keep_float": ["head", "auto:0"]}, r"quantizer\.keep_float has 'auto:0'"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Scheme(weight=Affine(), **options)  # type: ignore[arg-type]
+
+
+def test_automatic_patterns_are_counted_and_the_others_kept() -> None:
+    scheme = Scheme(weight=Affine(), keep_float=["auto:3", "head"])
+    assert (scheme.automatic, scheme.keep_float) == (3, ["head"])
+    assert Scheme(weight=Affine(), keep_float="auto:2").automatic == 2 and Scheme(weight=Affine()).automatic == 0
