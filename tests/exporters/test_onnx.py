@@ -356,7 +356,7 @@ def test_a_transformer_is_fused_and_timed_beside_its_float_self(exported: Any) -
     assert receipt["fused"] == {"MultiHeadAttention": 2, "BiasGelu": 2}
     for name in ("model.onnx", "float.onnx"):  # onnxruntime's SkipLayerNormalization is the slower of the two
         operators = [n.op_type for n in onnx.load(folder / name).graph.node]
-        assert operators.count("Sum") == 4 and operators.count("LayerNormalization") == 5 and "SkipLayerNormalization" not in operators
+        assert operators.count("Sum") == operators.count("LayerNormalization") == 5 and "SkipLayerNormalization" not in operators
     assert set(receipt["latency_ms"]) == {"float", "quantized"} and set(receipt["latency_ms"]["float"]) == {"1x16", "8x16"}
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "float.onnx", "model.onnx", "receipt.json"]
     assert entry["bytes"] == (folder / "model.onnx").stat().st_size and receipt["float_bytes"] == (folder / "float.onnx").stat().st_size
