@@ -27,7 +27,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -192,8 +192,9 @@ def _scratch(sample: Sample, root: Path) -> Iterator[Path]:
 def _sweep(root: Path) -> None:
     """Remove what processes that were killed left behind a day ago or earlier."""
     for path in root.glob(".partial-*"):
-        if time.time() - path.stat().st_mtime > _STALE_S:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has just finished with it
+            if time.time() - path.stat().st_mtime > _STALE_S:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _unwritable(sample: Sample, root: Path, error: OSError) -> OSError:
