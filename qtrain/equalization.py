@@ -23,8 +23,7 @@ Shapes: W1 [C, I, *kernel], W2 [O, C / groups, *kernel], s, b1, means [C].
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from torch import Tensor, fx, nn
 
 from qtrain import graph
 from qtrain.console import console
-from qtrain.layers import FakeConv, FakeLayer, FakeLinear, fake_activations, fake_layers
+from qtrain.layers import FakeConv, FakeLayer, FakeLinear, fake_layers, in_float
 from qtrain.smoothing import hooks, identity, run
 
 ROUNDS = 50
@@ -189,20 +188,6 @@ def correct_biases(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> li
     finally:
         model.train(training)
     return rows
-
-
-@contextmanager
-def in_float(model: nn.Module) -> Iterator[None]:
-    """Let a fake-quantized model compute in float meanwhile."""
-    switches: list[Any] = [m for _, m in (*fake_layers(model), *fake_activations(model))]
-    before = [switch.bypassed for switch in switches]
-    for switch in switches:
-        switch.bypassed = True
-    try:
-        yield
-    finally:
-        for switch, was in zip(switches, before, strict=True):
-            switch.bypassed = was
 
 
 def call_order(model: nn.Module, layers: Mapping[str, FakeLayer], batch: dict[str, Tensor]) -> tuple[list[list[str]], dict[str, int]]:

@@ -52,7 +52,6 @@ _JOIN_FUNCTIONS = {operator.add, operator.iadd, torch.add, operator.mul, operato
 _JOIN_METHODS = {"add", "add_", "mul", "mul_"}
 _POOL_MODULES = (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
 _POOL_FUNCTIONS = {F.avg_pool2d, F.avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool1d, torch.mean}
-_POOL_METHODS = {"mean"}
 
 
 _PRODUCTS = (FakeConv, FakeLinear)

@@ -23,6 +23,7 @@ frozen, and in evaluation, it is one convolution with folded weight and bias, as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -467,3 +468,17 @@ def fake_activations(model: nn.Module) -> Iterator[tuple[str, FakeActivation]]:
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     """Names and converted layers, in module order."""
     return ((n, m) for n, m in model.named_modules() if isinstance(m, QuantizedLayer))
+
+
+@contextmanager
+def in_float(model: nn.Module) -> Iterator[None]:
+    """Let a fake-quantized model compute in float meanwhile."""
+    switches: list[Any] = [m for _, m in (*fake_layers(model), *fake_activations(model))]
+    before = [switch.bypassed for switch in switches]
+    for switch in switches:
+        switch.bypassed = True
+    try:
+        yield
+    finally:
+        for switch, was in zip(switches, before, strict=True):
+            switch.bypassed = was

@@ -28,9 +28,8 @@ from torch import Tensor, nn
 
 from qtrain.activations import FakeActivation
 from qtrain.console import console
-from qtrain.equalization import in_float
 from qtrain.evaluate import classification_metrics, compare_to_float
-from qtrain.layers import FakeLayer, fake_layers
+from qtrain.layers import FakeLayer, fake_layers, in_float
 from qtrain.module import Batch
 from qtrain.record import Record
 from qtrain.report import ANALYSIS_HEAD, ANALYSIS_ROWS, analysis_cells

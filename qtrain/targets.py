@@ -21,6 +21,11 @@ else:
     torch = lazy_import("torch")
 
 
+def int8_grids() -> list[Any]:
+    """Hydra defaults of a quantizer whose weights, embeddings and activations are INT8 unless the user says otherwise."""
+    return ["_self_", {"/grid@weight": "int8"}, {"/grid@embedding": "int8"}, {"/grid@activation": "int8_activation"}]
+
+
 @dataclass
 class Scheme:
     """Which modules go on which grids, and how they get there: the common part of every quantizer."""

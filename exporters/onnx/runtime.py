@@ -30,12 +30,12 @@ def threads() -> int:
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 
 
-def open_session(model: Path | bytes) -> onnxruntime.InferenceSession:
-    """A session on the CPU that computes what training computed."""
+def open_session(model: Path | bytes, config: dict[str, str] = SESSION_CONFIG) -> onnxruntime.InferenceSession:
+    """A session on the CPU that computes what training computed, with the entries of ``config``."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads()
     options.log_severity_level = 3
-    for key, value in SESSION_CONFIG.items():
+    for key, value in config.items():
         options.add_session_config_entry(key, value)
     source = model if isinstance(model, bytes) else str(model)
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -92,7 +92,11 @@ def fixed_example(example: Inputs, batch: int, length: int) -> Inputs:
 
 def logits(path: Path, batches: list[tuple[Inputs, Tensor]]) -> Tensor:
     """Logits float32 [N, C] of all batches in order."""
-    session = open_session(path)
+    return session_logits(open_session(path), batches)
+
+
+def session_logits(session: onnxruntime.InferenceSession, batches: list[tuple[Inputs, Tensor]]) -> Tensor:
+    """As `logits`, of a session that is open."""
     return torch.cat([y.reshape(-1, y.shape[-1]) for y in (run(session, inputs) for inputs, _ in batches)])
 
 

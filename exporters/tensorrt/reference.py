@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from exporters.base import Inputs
-from exporters.onnx.runtime import run, threads
+from exporters.onnx import runtime
 from exporters.onnx.write import save
 from exporters.tensorrt.precision import FLOAT, HALF, MOVES, SMOOTHING, SUMS, Measured, is_float
 
@@ -36,26 +36,17 @@ MAXIMUM, TERMS = "qtrain.maximum.", "qtrain.terms."
 
 def open_session(model: Path | bytes) -> onnxruntime.InferenceSession:
     """A session on the CPU that computes what the file says, operator by operator."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads()
-    options.log_severity_level = 3
-    for key, value in SESSION_CONFIG.items():
-        options.add_session_config_entry(key, value)
-    return onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
+    return runtime.open_session(model, SESSION_CONFIG)
 
 
 def logits(model: Path | ir.Model, batches: list[tuple[Inputs, Tensor]]) -> Tensor:
     """Logits float32 [N, C] of all batches in order, of a file or of a graph in memory."""
     if isinstance(model, Path):
-        return _logits(open_session(model), batches)
+        return runtime.session_logits(open_session(model), batches)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "graph.onnx"
         save(model, path)
-        return _logits(open_session(path), batches)
-
-
-def _logits(session: onnxruntime.InferenceSession, batches: list[tuple[Inputs, Tensor]]) -> Tensor:
-    return torch.cat([y.reshape(-1, y.shape[-1]) for y in (run(session, inputs) for inputs, _ in batches)])
+        return runtime.session_logits(open_session(path), batches)
 
 
 def first_examples(batches: list[tuple[Inputs, Tensor]], count: int) -> list[tuple[Inputs, Tensor]]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 """Networks with classifiers halfway, which are only there for training from scratch: built without them."""
-_IMAGENET = 1000
 
 
 @register("model", "torchvision")

@@ -182,7 +182,7 @@ class Lowering:
 
     def _origin(self, node: Any) -> Any:
         """The value that ``node`` is, before it was moved."""
-        while (moves(node) or cnn.moves(self.graph, node)) and node.all_input_nodes:
+        while (_moves(node) or cnn.moves(self.graph, node)) and node.all_input_nodes:
             node = node.all_input_nodes[0]
         return node
 
@@ -364,7 +364,7 @@ def _equal(a: QuantizedActivation, b: QuantizedActivation) -> bool:
     return a.grid == b.grid and all(torch.equal(a.params[n], b.params[n]) for n in a.params)
 
 
-def moves(node: Any) -> bool:
+def _moves(node: Any) -> bool:
     if node.target in (aten.pad.default, aten.constant_pad_nd.default):
         rest = list(node.args[2:])
         return (

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qtrain.registry import register
-from qtrain.targets import Scheme
+from qtrain.targets import Scheme, int8_grids
 
 
 @register("quantizer", "ptq_dynamic")
@@ -25,6 +25,4 @@ from qtrain.targets import Scheme
 class PtqDynamic(Scheme):
     """Dynamic INT8: weights per channel, activations with ranges from each input."""
 
-    defaults: list[Any] = field(
-        default_factory=lambda: ["_self_", {"/grid@weight": "int8"}, {"/grid@embedding": "int8"}, {"/grid@activation": "int8_activation"}]
-    )
+    defaults: list[Any] = field(default_factory=int8_grids)

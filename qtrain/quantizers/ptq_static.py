@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qtrain.registry import register
-from qtrain.targets import Scheme
+from qtrain.targets import Scheme, int8_grids
 
 
 @register("quantizer", "ptq_static")
@@ -31,8 +31,6 @@ from qtrain.targets import Scheme
 class PtqStatic(Scheme):
     """Static INT8: weights per channel, activations with ranges from calibration."""
 
-    defaults: list[Any] = field(
-        default_factory=lambda: ["_self_", {"/grid@weight": "int8"}, {"/grid@embedding": "int8"}, {"/grid@activation": "int8_activation"}]
-    )
+    defaults: list[Any] = field(default_factory=int8_grids)
     activation_range: str = "static"
     observer: str = "percentile"

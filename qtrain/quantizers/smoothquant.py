@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qtrain.registry import register
-from qtrain.targets import Scheme
+from qtrain.targets import Scheme, int8_grids
 
 
 @register("quantizer", "smoothquant")
@@ -25,9 +25,7 @@ from qtrain.targets import Scheme
 class SmoothQuant(Scheme):
     """Static INT8 after outliers of activations were moved into weights."""
 
-    defaults: list[Any] = field(
-        default_factory=lambda: ["_self_", {"/grid@weight": "int8"}, {"/grid@embedding": "int8"}, {"/grid@activation": "int8_activation"}]
-    )
+    defaults: list[Any] = field(default_factory=int8_grids)
     activation_range: str = "static"
     observer: str = "percentile"
     smoothquant: float | None = 0.5
