@@ -67,8 +67,8 @@ class ExportJob:
     """Inputs to trace with: at least 2 examples, since a dimension of 1 would be taken for a constant."""
     batches: list[tuple[Inputs, Tensor]]
     """The whole test split: inputs and labels."""
-    training_logits: Tensor
-    """[N, C], float32: what `model` computes on `batches`, in order."""
+    training_logits: Any
+    """[N, C], float32: what `model` computes on `batches`, in order; for other tasks the task's own outputs, which `comparison` compares."""
     metrics: Callable[[Tensor, Tensor], dict[str, float]]
     """(logits [N, C], labels [N]) -> metrics by name."""
     folder: Path
@@ -81,6 +81,17 @@ class ExportJob:
     """The model before quantization; where given, a float artefact is written and timed beside the quantized one."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Text to store in the artefact (recipe, …)."""
+    task: str = "classification"
+    """What the model is for: one of `Exporter.tasks`."""
+    processor: Any = None
+    """The tokenizer, or the images' specification."""
+    comparison: Any = None
+    """Where logits of the whole test split do not fit into one tensor: `sequences` (token ids of each), `add(sequence, start, logits)` for the
+    runtime's logits at positions start, start + 1, …, and `result()` (`qtrain/language_task.py`)."""
+    tell: Callable[[str], None] = print
+    """Shows the user how far the export has come; set by `Exporter.export`."""
+    importance: dict[str, Any] = field(default_factory=dict)
+    """Module name -> importance of its input channels (`sum_of_squares` float32 [I], `tokens`), where calibration measured it."""
 
 
 @dataclass
@@ -115,6 +126,8 @@ class Exporter(ABC):
     """Packs a converted model for one runtime. Subclasses are dataclasses, registered with `@register("export", NAME)`."""
 
     registered_name: ClassVar[str] = ""
+    tasks: ClassVar[tuple[str, ...]] = ("classification",)
+    """What models it can export are for."""
 
     tolerances: Tolerances = field(default_factory=Tolerances)
     """How far the runtime may be from training."""
@@ -183,6 +196,7 @@ class Exporter(ABC):
         self.refuse(job.model)
         final = Path(job.folder) / self.registered_name
         with staged(final) as work, _status(f"{self.registered_name}: packing") as status:
+            job.tell = lambda text: status(f"{self.registered_name}: {text}")
             artefact = self.write(job, work)
             status(f"{self.registered_name}: receipt from {self.runtime_version}")
             receipt = self._receipt(job, artefact)
@@ -197,6 +211,19 @@ class Exporter(ABC):
                 raise ReceiptFailed(entry, f"Widen export.{self.registered_name}.tolerances.* only if you know why they differ.")
             (work / "receipt.json").write_text(json.dumps(entry, indent=1) + "\n")
         return entry
+
+    def preflight(self, model: nn.Module, task: str, processor: Any) -> None:
+        """What would fail after minutes, found in seconds; ``model`` is a converted trial, whose weights may have one row only.
+
+        Raises:
+            ValueError: if this exporter cannot hold such a model, a layer of it, or its tokenizer.
+        """
+        if task not in self.tasks:
+            raise ValueError(
+                f"export={self.registered_name} is for models of {' or '.join(self.tasks)}, and this one is of {task}. "
+                f"Set {'export=[gguf]' if task in ('language', 'embedding') else 'export=[onnx]'}, or export=[] for none"
+            )
+        self.refuse(model)
 
     def refuse(self, model: nn.Module) -> None:
         """Check, before anything is written or trained, that ``model`` is converted and that the runtime can hold it.
@@ -237,15 +264,19 @@ class Exporter(ABC):
         with torch.no_grad():
             self._check_activations(job, artefact, receipt)
             self._check_products(job, artefact, receipt)
+        self.compare(job, artefact, receipt)
+        if receipt.passed:
+            receipt.latency_ms = self.latency(artefact, job)
+        return receipt
+
+    def compare(self, job: ExportJob, artefact: Artefact, receipt: Receipt) -> None:
+        """Compare the runtime's logits and metrics on the test split with training's."""
         tolerances = self.tolerances.for_activations() if quantizes_activations(job.model) else self.tolerances
         logits = self.logits(artefact.path, job.batches)
         receipt.add_logits(job.training_logits, logits, tolerances)
         labels = torch.cat([y.cpu() for _, y in job.batches])
         if logits.shape == job.training_logits.shape:
             receipt.add_metrics(job.metrics(job.training_logits.cpu(), labels), job.metrics(logits, labels), tolerances)
-        if receipt.passed:
-            receipt.latency_ms = self.latency(artefact, job)
-        return receipt
 
     def _check_activations(self, job: ExportJob, artefact: Artefact, receipt: Receipt) -> None:
         """Each activation by itself, on values that a wrong scale, zero point or rounding would change: no bit may differ."""

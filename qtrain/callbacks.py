@@ -15,20 +15,27 @@ from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTh
 from qtrain.checkpoint import load_weights, remove, save_model, tidy
 from qtrain.fit import Fit
 from qtrain.layers import FakeConv, fake_activations, fake_layers
+from qtrain.prepare import choose_once
 
 
 class FakeQuantSchedule(Callback):
     """Train in float before ``start_step``; keep scales and activation ranges fixed from ``freeze_step`` on (optimizer steps).
 
-    Statistics of the batch-norms that convolutions hold stay from ``freeze_batch_norm_step`` on. Evaluation is always on the grid. All
+    Grids that search for their scales do so every ``search_every`` steps. Statistics of the batch-norms that convolutions hold stay from ``freeze_batch_norm_step`` on. Evaluation is always on the grid. All
     are functions of the step and of saved weights, so a resumed run does the same.
     """
 
-    def __init__(self, start_step: int, freeze_step: int | None, freeze_batch_norm_step: int | None = None) -> None:
+    def __init__(
+        self, start_step: int, freeze_step: int | None, freeze_batch_norm_step: int | None = None, search_every: int = 0
+    ) -> None:
         self.start_step = start_step
         self.freeze_step = freeze_step
         self.freeze_batch_norm_step = freeze_batch_norm_step
+        self.search_every = search_every
         self.scales: dict[str, dict[str, torch.Tensor]] = {}
+        self.searched: dict[str, dict[str, torch.Tensor]] = {}
+        """Scales of the last search, by layer, where a resumed run goes on from."""
+        self._last_search = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a schedule that would never reach the grid."""
@@ -38,11 +45,18 @@ class FakeQuantSchedule(Callback):
                 f"quantizer.start_step is {self.start_step}, and training has {steps} steps: all of it would be in float. "
                 f"Set quantizer.start_step={steps // 4}, say, or quantizer.fit.epochs higher"
             )
+        self._last_search = trainer.global_step
+        for name, layer in fake_layers(pl_module):
+            if name in self.searched:
+                layer.weight_fake.frozen = {k: v.to(layer.weight.device) for k, v in self.searched[name].items()}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the switches for this step."""
         step = trainer.global_step
         freeze = _reached(self.freeze_step, step)
+        if self.search_every and not freeze and step >= self._last_search + self.search_every:
+            self._last_search = step
+            self._search(pl_module)
         for _, activation in fake_activations(pl_module):
             activation.enabled = step >= self.start_step
             if freeze and activation.observer is not None:
@@ -53,6 +67,13 @@ class FakeQuantSchedule(Callback):
                 self._freeze(name, layer)
             if isinstance(layer, FakeConv) and not layer.batch_norm_frozen and _reached(self.freeze_batch_norm_step, step):
                 layer.freeze_batch_norm()
+
+    def _search(self, module: LightningModule) -> None:
+        layers = [(n, layer) for n, layer in fake_layers(module) if layer.weight_fake.grid.searches]
+        for _, layer in layers:
+            layer.weight_fake.frozen = None
+        choose_once(module, "")
+        self.searched = {n: {k: v.cpu() for k, v in (layer.weight_fake.frozen or {}).items()} for n, layer in layers}
 
     def _freeze(self, name: str, layer: Any) -> None:
         fake = layer.weight_fake
@@ -65,12 +86,12 @@ class FakeQuantSchedule(Callback):
                 self.scales[name] = {k: v.detach().cpu() for k, v in frozen.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Frozen scales by layer."""
-        return {"scales": {n: p for n, p in self.scales.items() if p}}
+        """Frozen and searched scales by layer."""
+        return {"scales": {n: p for n, p in self.scales.items() if p}, "searched": self.searched}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore frozen scales."""
-        self.scales = state_dict["scales"]
+        """Restore frozen and searched scales."""
+        self.scales, self.searched = state_dict["scales"], state_dict["searched"]
 
 
 def _reached(when: int | None, step: int) -> bool:

@@ -18,6 +18,9 @@ from omegaconf import MISSING, OmegaConf
 from qtrain import registry
 from qtrain.fit import Fit
 
+METRICS = ("accuracy", "loss", "perplexity", "cosine")
+"""What models of all tasks are judged by; which of them a task has, `qtrain/tasks.py` says."""
+
 
 @dataclass
 class Config:
@@ -53,12 +56,12 @@ class Config:
     """A torch optimizer."""
     logger: Any = None
     """A Lightning logger."""
-    optimize: str = "accuracy"
-    """Metric on the validation split that the run returns to a sweeper: accuracy or loss."""
+    optimize: str | None = None
+    """Metric on the validation split that the run returns to a sweeper: accuracy, loss, perplexity or cosine; null is the task's first."""
 
     def __post_init__(self) -> None:
-        if self.optimize not in ("accuracy", "loss"):
-            raise ValueError(f"optimize is {self.optimize!r}; valid: accuracy, loss (of the validation split). Set optimize=accuracy, say.")
+        if self.optimize not in (None, *METRICS):
+            raise ValueError(f"optimize is {self.optimize!r}; valid: {', '.join(METRICS)}, null. Set optimize=accuracy, say.")
         if self.analyze_examples < 1:
             raise ValueError(f"analyze_examples is {self.analyze_examples}; it must be at least 1. Set analyze_examples=512, say.")
         if not 0 <= self.seed < 2**32:

@@ -1,4 +1,4 @@
-"""The LightningDataModules for texts (tokenized once, batched by length) and images, resumable in the middle of an epoch.
+"""The LightningDataModules for texts to classify (tokenized once, batched by length) and images, resumable in the middle of an epoch.
 
 Batches of similar length waste little on padding, which on a CPU is worth a factor of two. The training order of an epoch is a pure
 function of (seed, epoch): shuffle all examples, sort each pool of 50 batches by length, cut it into batches, shuffle the batches.
@@ -17,7 +17,7 @@ therefore computed when the first batch is asked for, not before.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -169,19 +169,21 @@ class Augmented(Pixels):
 E = TypeVar("E", bound=Encoded)
 
 
-class ClassificationDataModule(LightningDataModule, Generic[E]):
-    """Loaders of batches; `notes`, `label_names` and `splits` say what is in them. A subclass encodes and collates."""
+class ResumableDataModule(LightningDataModule, Generic[E]):
+    """Loaders of batches, whose training order can be entered anywhere. A subclass encodes and collates."""
 
-    splits: Splits[Any]
+    label_names: list[str]
+    notes: list[str]
+    """What was dropped, cut or looks odd, one sentence each."""
     _train: E
     _validation: E
     _test: E
     _calibration: E
-    """The first training examples: train is in stratified order, so they are a fair sample."""
+    """Some of the training examples, a fair sample."""
 
-    def __init__(self, splits: Splits[Any], batch_size: int, eval_batch_size: int, seed: int) -> None:
+    def __init__(self, label_names: list[str], notes: Iterable[str], batch_size: int, eval_batch_size: int, seed: int) -> None:
         super().__init__()
-        self.splits, self.label_names, self.notes = splits, splits.label_names, list(splits.notes)
+        self.label_names, self.notes = label_names, list(notes)
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
 
     @abstractmethod
@@ -207,7 +209,7 @@ class ClassificationDataModule(LightningDataModule, Generic[E]):
         return self._fixed(self._test)
 
     def calibration_dataloader(self) -> DataLoader[Any]:
-        """Batches of the first training examples, sorted by length; never a validation or test example."""
+        """Batches of a sample of the training examples, sorted by length; never a validation or test example."""
         return self._fixed(self._calibration)
 
     def example_inputs(self, count: int) -> dict[str, Tensor]:
@@ -231,6 +233,19 @@ class ClassificationDataModule(LightningDataModule, Generic[E]):
             return epoch, 0
         batches.update_restart_stage()  # Lightning's own rule, which it applies right after this, for whether the last batch counts
         return epoch, batches.batch_progress.current.completed + int(batches.restarted_on_train_batch_end)
+
+
+class ClassificationDataModule(ResumableDataModule[E]):
+    """What text and image classification share; `notes`, `label_names` and `splits` say what is in the batches.
+
+    Calibration takes the first training examples: train is in stratified order, so they are a fair sample.
+    """
+
+    splits: Splits[Any]
+
+    def __init__(self, splits: Splits[Any], batch_size: int, eval_batch_size: int, seed: int) -> None:
+        super().__init__(splits.label_names, splits.notes, batch_size, eval_batch_size, seed)
+        self.splits = splits
 
 
 class TextDataModule(ClassificationDataModule[Tokens]):

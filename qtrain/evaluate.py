@@ -10,13 +10,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor, nn
 
-from qtrain.console import console
+from qtrain.console import progress
 from qtrain.grids.base import QuantizedTensor
 from qtrain.layers import quantized_layers
-from qtrain.module import Batch, logits_of
+
+Batch = tuple[dict[str, Tensor], Tensor]
+"""Keyword inputs, and labels."""
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: a tensor, or what transformers models return."""
+    return output if isinstance(output, Tensor) else output.logits
 
 
 @torch.inference_mode()
@@ -24,8 +30,7 @@ def predict(model: nn.Module, batches: Iterable[Batch], what: str = "evaluating"
     """Logits of all examples, float32 on the CPU, [N, C], in the order of ``batches``."""
     model.eval()
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-    shown = track(list(batches), description=what, console=console, transient=True, disable=not console.is_terminal)
-    rows = [logits_of(model(**{k: v.to(device) for k, v in inputs.items()})).float().cpu() for inputs, _ in shown]
+    rows = [logits_of(model(**{k: v.to(device) for k, v in inputs.items()})).float().cpu() for inputs, _ in progress(batches, what)]
     return torch.cat(rows)
 
 
@@ -80,7 +85,8 @@ def _finite(value: float) -> float | None:
 def sizes(model: nn.Module, float_model: nn.Module) -> dict[str, int]:
     """Bytes of the float parameters, and of codes plus scales (packed) plus what stayed in float."""
     float_bytes = sum(p.numel() * p.element_size() for p in float_model.parameters())
-    packed = sum(layer.quantized.nbytes() for _, layer in quantized_layers(model))
+    distinct = {layer.codes.data_ptr(): layer for _, layer in quantized_layers(model)}  # tied weights are stored once
+    packed = sum(layer.quantized.nbytes() for layer in distinct.values())
     rest = sum(p.numel() * p.element_size() for p in model.parameters())
     biases = sum(b.numel() * 4 for _, layer in quantized_layers(model) if isinstance(b := getattr(layer, "bias", None), Tensor))
     return {"float_bytes": float_bytes, "quantized_bytes": packed + rest + biases}

@@ -11,11 +11,12 @@ LOCAL_TEXT = "data=csv data.train=FILE data.test=FILE data.text_column=text data
 LOCAL_IMAGES = "data=image_folder data.train=DIR data.test=DIR, or data=npz data.path=FILE"
 
 
-def from_hub(name: str, config: str | None, revision: str | None = None, local: str = LOCAL_TEXT) -> Any:
+def from_hub(name: str, config: str | None, revision: str | None = None, local: str = LOCAL_TEXT, streaming: bool = False) -> Any:
     """All splits of a dataset of the Hugging Face hub, as `datasets.load_dataset` gives them.
 
     Args:
         local: what to type to use local files instead, for messages.
+        streaming: fetch rows when they are read, for a dataset that is larger than the disk.
 
     Raises:
         OSError: if the hub cannot be reached and the dataset is not in the cache of `datasets`.
@@ -26,7 +27,7 @@ def from_hub(name: str, config: str | None, revision: str | None = None, local: 
     shown = name + (f" ({config})" if config else "")
     remedy = f"or use local files: {local}"
     try:
-        return datasets.load_dataset(name, config, revision=revision)
+        return datasets.load_dataset(name, config, revision=revision, streaming=streaming)
     except datasets.exceptions.DatasetNotFoundError as e:
         raise ValueError(f"the hub has no dataset {shown} that can be read from here. Correct data.name=owner/name, {remedy}") from e
     except OSError as e:

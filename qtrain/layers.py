@@ -48,6 +48,8 @@ class FakeWeight(nn.Module):
         self.grid = grid
         self.scale = None
         self.frozen: Params | None = None
+        self.importance: Tensor | None = None
+        """Mean squared activation of each input channel, float32 [I]: weighs errors where the grid searches its scales."""
 
     def learn_scale(self, w: Tensor) -> None:
         """Turn the scales into parameters, initialised by the grid's rule.
@@ -68,7 +70,12 @@ class FakeWeight(nn.Module):
         if self.scale is not None:
             self.scale.requires_grad_(False)
         else:
-            self.frozen = self.grid.choose(w.detach())
+            self.frozen = self.grid.choose(w.detach(), self.importance)
+
+    def choose(self, w: Tensor) -> Params | None:
+        """Scales for ``w``, or None where the grid's rule derives them as it encodes."""
+        given = self.params()
+        return self.grid.choose(w.detach(), self.importance) if given is None and self.importance is not None else given
 
     def params(self) -> Params | None:
         """Scales to use, or None where the grid's rule derives them from the weight."""
@@ -79,7 +86,7 @@ class FakeWeight(nn.Module):
     def forward(self, w: Tensor, params: Params | None = None) -> Tensor:
         """The fake-quantized weight: decode(encode(w)) to the bit; on the scales ``params`` where given and not learned."""
         if self.scale is None:
-            return self.grid.fake(w, self.frozen if params is None else params)
+            return self.grid.fake(w, self.choose(w) if params is None else params)
         grid, stored = self.grid, self.params()
         assert stored is not None
         scale = straight_through(self.scale, stored["scale"], None).unsqueeze(-1)
@@ -91,6 +98,8 @@ class FakeWeight(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.frozen is not None:
             self.frozen = {n: p.to(fn(p.new_empty(0)).device) for n, p in self.frozen.items()}
+        if self.importance is not None:
+            self.importance = self.importance.to(fn(self.importance.new_empty(0)).device)
         return self
 
 
@@ -146,7 +155,7 @@ class FakeLayer(nn.Module):
         assert w is not None
         require_finite(w, f"the weight of {name}")
         params, step = self._scales(w, b)
-        q = self.weight_fake.grid.encode(w, self.weight_fake.params() if params is None else params)
+        q = self.weight_fake.grid.encode(w, self.weight_fake.choose(w) if params is None else params)
         if step is None or b is None:
             return q, b, None
         require_finite(b, f"the bias of {name}")
@@ -338,10 +347,11 @@ class FakeEmbedding(nn.Embedding, FakeLayer):
         if not self.quantize_now():
             return nn.Embedding.forward(self, ids)
         fake = self.weight_fake
-        if self.whole or fake.scale is not None or fake.frozen is not None:
+        if self.whole or fake.scale is not None:
             return F.embedding(ids, fake(self.weight), self.padding_idx)
-        rows = nn.Embedding.forward(self, ids)
-        return fake(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
+        flat = ids.reshape(-1)
+        params = None if fake.frozen is None else {name: p[flat] for name, p in fake.frozen.items()}
+        return fake(nn.Embedding.forward(self, flat), params).reshape(*ids.shape, self.embedding_dim)
 
 
 class QuantizedLayer(nn.Module):
@@ -448,7 +458,7 @@ class QuantizedEmbedding(QuantizedLayer):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., D]."""
         q = self.quantized
-        if self.codes.shape[0] == q.params["scale"].shape[0]:  # gather first: rows are independent
+        if all(len(p) == len(q.codes) for p in q.params.values()):  # gather first: rows are independent
             flat = ids.reshape(-1)
             rows = QuantizedTensor(q.grid, q.codes[flat], {n: p[flat] for n, p in q.params.items()})
             return rows.decode().reshape(*ids.shape, self.embedding_dim).to(self.dtype)

@@ -1,4 +1,4 @@
-"""The one LightningModule: classification with cross-entropy, and distillation from a float teacher where asked.
+"""The one LightningModule: the task's loss, and distillation from a float teacher where asked.
 
 Float fine-tuning, QAT and every later method train through it; what differs between them is which layers the model has and
 which callbacks run.
@@ -11,18 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from qtrain.evaluate import Batch, logits_of
 from qtrain.fit import Fit
-
-Batch = tuple[dict[str, Tensor], Tensor]
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: a tensor, or what transformers models return."""
-    return output if isinstance(output, Tensor) else output.logits
+from qtrain.tasks import TASK, Task
 
 
 class Module(LightningModule):
@@ -36,10 +30,12 @@ class Module(LightningModule):
         teacher: nn.Module | None = None,
         distill_weight: float = 0.0,
         temperature: float = 1.0,
+        task: Task = TASK,
     ) -> None:
-        """``distill_weight`` w mixes (1 - w) * cross-entropy + w * T^2 * KL(teacher || student) at temperature T (Hinton et al. 2015)."""
+        """``distill_weight`` w mixes (1 - w) * loss + w * T^2 * KL(teacher || student) at temperature T (Hinton et al. 2015)."""
         super().__init__()
         self.model = model
+        self.task = task
         self.fit_options = fit
         self.make_optimizer = optimizer
         self.distill_weight = distill_weight
@@ -55,27 +51,15 @@ class Module(LightningModule):
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         """Loss of one batch."""
-        inputs, labels = batch
-        logits = self(inputs).float()
-        loss = F.cross_entropy(logits, labels)
-        if self._teacher:
-            loss = (1 - self.distill_weight) * loss + self.distill_weight * self._distillation(logits, inputs)
+        teacher = self._teacher[0].to(self.device) if self._teacher else None
+        loss = self.task.loss(self.model, batch, teacher, self.distill_weight, self.temperature)
         self.log("loss", loss.detach(), prog_bar=True)
         return loss
 
-    def _distillation(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        teacher = self._teacher[0].to(logits.device)
-        with torch.no_grad():
-            target = F.log_softmax(logits_of(teacher(**inputs)).float() / self.temperature, -1)
-        student = F.log_softmax(logits / self.temperature, -1)
-        return F.kl_div(student, target, reduction="batchmean", log_target=True) * self.temperature**2
-
     def validation_step(self, batch: Batch, _: int) -> None:
-        """Log loss and accuracy of the validation split."""
-        inputs, labels = batch
-        logits = self(inputs).float()
-        self.log("validation_loss", F.cross_entropy(logits, labels), prog_bar=True, batch_size=len(labels))
-        self.log("validation_accuracy", (logits.argmax(-1) == labels).float().mean(), prog_bar=True, batch_size=len(labels))
+        """Log what the task validates by."""
+        metrics, count = self.task.validate(self.model, batch)
+        self.log_dict(metrics, prog_bar=True, batch_size=count)  # type: ignore[arg-type]
 
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

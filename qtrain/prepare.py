@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qtrain.activations import FakeActivation, Observer, QuantizedActivation
+from qtrain.console import progress
 from qtrain.grids.base import Grid, QuantizedTensor
 from qtrain.layers import (
     FakeConv,
@@ -66,7 +67,7 @@ def _unswappable(model: nn.Module) -> Callable[[nn.Module], str | None]:
 def prepare(
     model: nn.Module,
     modules: dict[str, nn.Module],
-    weight: Grid,
+    weight: Grid | dict[str, Grid],
     embedding: Grid | None = None,
     activation: Grid | None = None,
     static: bool = False,
@@ -77,7 +78,7 @@ def prepare(
     """Swap ``modules`` of ``model`` for fake-quantized ones, in place.
 
     Args:
-        weight, embedding: grids of the weights.
+        weight, embedding: grids of the weights; or in ``weight`` the grid of each module by name, embeddings included.
         activation: grid of each layer's input, or None where it stays in float or is quantized elsewhere.
         static: whether the input's range is observed and then fixed.
         observer: options of `Observer`, for static ranges.
@@ -93,16 +94,20 @@ def prepare(
     misfits = []
     unswappable = _unswappable(model)
     for name, module in modules.items():
-        grid = embedding if isinstance(module, nn.Embedding) else weight
+        if isinstance(weight, dict):
+            grid = weight.get(name)
+        else:
+            grid = embedding if isinstance(module, nn.Embedding) else weight
         if grid is None:
             continue
-        why = unswappable(module) or grid.check_shape(tuple(module.weight.shape)) or _input_misfit(module, activation)  # type: ignore[arg-type]
+        beside = activation if activation is None or not hasattr(activation, "beside") else activation.beside(grid)
+        why = unswappable(module) or grid.check_shape(tuple(module.weight.shape)) or _input_misfit(module, beside)  # type: ignore[arg-type]
         if why:
             misfits.append(f"{name}: {why}")
             continue
         fake = None
-        if activation is not None and not isinstance(module, nn.Embedding):
-            fake = FakeActivation(activation, Observer(activation, **(observer or {})) if static else None)
+        if beside is not None and not isinstance(module, nn.Embedding):
+            fake = FakeActivation(beside, Observer(beside, **(observer or {})) if static else None)
         try:
             swaps[name] = _swapped(module, grid, fake, (batch_norms or {}).get(name))
         except ValueError as error:
@@ -143,6 +148,32 @@ def _swapped(module: nn.Module, grid: Grid, fake: FakeActivation | None, batch_n
     return FakeConv(module, grid, fake, batch_norm)
 
 
+def choose_once(model: nn.Module, what: str = "searching scales") -> None:
+    """Search the scales of every layer whose grid searches them, and keep them: a search takes seconds, using what it found does not.
+
+    Args:
+        what: shown beside the progress bar; empty for none.
+    """
+    searched = [layer for _, layer in fake_layers(model) if layer.weight_fake.grid.searches and layer.weight_fake.frozen is None]
+    found: dict[Any, Any] = {}
+    for layer in progress(searched, what):
+        fake = layer.weight_fake
+        key = (id(layer.weight), repr(fake.grid), id(fake.importance))
+        if key not in found:
+            fake.freeze(layer.folded()[0])
+            found[key] = fake.frozen
+        fake.frozen = found[key]  # tied weights share theirs
+
+
+def one_row(model: nn.Module) -> nn.Module:
+    """Cut the weight of every fake-quantized layer down to its first row, in place: for a trial of what takes long on whole weights."""
+    for _, layer in fake_layers(model):
+        layer.weight = nn.Parameter(layer.weight[:1].detach(), requires_grad=False)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(layer.bias[:1].detach(), requires_grad=False)
+    return model
+
+
 def convert(model: nn.Module) -> nn.Module:
     """Swap every fake-quantized layer and activation of ``model`` for one that holds codes, in place.
 
@@ -158,7 +189,7 @@ def convert(model: nn.Module) -> nn.Module:
             edges[id(activation)] = activation.converted()  # type: ignore[assignment]
             replace(model, name, edges[id(activation)])
     shared: dict[int, list[QuantizedTensor]] = {}  # tied weights stay one tensor, unless their grids or scales differ
-    for name, layer in layers:
+    for name, layer in progress(layers, "converting to codes"):
         q, bias, bias_codes = layer.encode(name)
         twins = shared.setdefault(id(layer.weight), [])
         same = next((t for t in twins if _equal(t, q)), None)

@@ -48,6 +48,8 @@ class Tolerances:
     """Least share of test examples on which both sides have the same arg-max."""
     metric: float = 0.002
     """Largest absolute difference of any metric, in the metric's unit."""
+    perplexity: float = 0.005
+    """Largest difference of perplexity, as a share of training's."""
     activation_logits_nmse: float = 1e-2
     """Instead of logits_nmse where activations are quantized."""
     activation_top1_agreement: float = 0.98
@@ -93,6 +95,8 @@ class Receipt:
     metric: dict[str, dict[str, float]] = field(default_factory=dict)
     """Name -> {"training": value, "runtime": value}."""
     latency_ms: Latency = field(default_factory=dict)
+    tokens_per_s: Latency = field(default_factory=dict)
+    """Of language models: "float", "quantized" -> "prompt", "generate" -> tokens per second, medians."""
     float_bytes: int | None = None
     """Size of the float artefact beside it, bytes; None where there is none."""
     fused: dict[str, int] = field(default_factory=dict)
@@ -136,8 +140,11 @@ class Receipt:
         if training.shape != runtime.shape:
             self.failures.append(f"the runtime's logits have shape {list(runtime.shape)}, training's {list(training.shape)}")
             return
-        self.logits_nmse, self.logits_max_abs = nmse(training, runtime), max_abs(training, runtime)
-        self.top1_agreement = top1_agreement(training, runtime)
+        self.add_agreement(nmse(training, runtime), max_abs(training, runtime), top1_agreement(training, runtime), tolerances)
+
+    def add_agreement(self, error: float, worst: float, top1: float, tolerances: Tolerances) -> None:
+        """What a comparison of logits showed: NMSE, the largest difference, and the share of equal arg-max."""
+        self.logits_nmse, self.logits_max_abs, self.top1_agreement = error, worst, top1
         if not self.logits_nmse <= tolerances.logits_nmse:  # also true for NaN
             self.failures.append(f"logits_nmse is {self.logits_nmse:.3g}, the tolerance {tolerances.logits_nmse:.3g}")
         if not self.top1_agreement >= tolerances.top1_agreement:
@@ -148,9 +155,10 @@ class Receipt:
         for name, value in training.items():
             other = runtime.get(name, math.nan)
             self.metric[name] = {"training": value, "runtime": other}
-            if not abs(value - other) <= tolerances.metric:
+            most = tolerances.perplexity * value if name == "perplexity" else tolerances.metric
+            if not abs(value - other) <= most:
                 what = f"{name} is {other:.6g} in the runtime and {value:.6g} in training"
-                self.failures.append(f"{what}, the tolerance {tolerances.metric:.3g}")
+                self.failures.append(f"{what}, the tolerance {most:.3g}")
 
     def json(self) -> dict[str, Any]:
         """Json-ready values, as `run.json` holds them; numbers that are not finite become None."""

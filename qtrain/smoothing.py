@@ -45,7 +45,7 @@ from qtrain.evaluate import sqnr_db
 from qtrain.grids.affine import Affine
 from qtrain.grids.base import Grid
 from qtrain.layers import SmoothedLinear
-from qtrain.module import logits_of
+from qtrain.evaluate import logits_of
 from qtrain.prepare import replace
 from qtrain.receipt import nmse
 

@@ -14,14 +14,23 @@ from torch import Tensor, nn
 import qtrain
 from exporters.base import ExportJob, ReceiptFailed
 from qtrain.checkpoint import load_weights, save_model, tidy
-from qtrain.evaluate import classification_metrics, compare_to_float, layer_table, predict, sizes
+from qtrain.evaluate import Batch, classification_metrics, compare_to_float, layer_table, sizes
 from qtrain.fit import Fit, build, train
 from qtrain.layers import fake_layers
 from qtrain.malloc import release
 from qtrain.module import Module
-from qtrain.receipt import nmse
+from qtrain.prepare import one_row
 from qtrain.record import Record
 from qtrain.sensitivity import analyze, keep_most_harmful, print_analysis
+from qtrain.tasks import Task, task
+
+
+DATA_FOR = {
+    "classification": "data=sample_reviews (texts) or data=digits (images), say",
+    "language": "data=text",
+    "embedding": "data=sample_reviews (texts), say",
+}
+"""What to type for data of each task."""
 
 
 @dataclass
@@ -34,14 +43,29 @@ class Setup:
     folder: Path
     data: Any
     device: torch.device
-    batches: list[tuple[dict[str, Tensor], Tensor]]
+    batches: list[Batch]
     """The whole test split, in a fixed order."""
-    labels: Tensor
+    task: Task
+    processor: Any
+    """The model's tokenizer, or its `ImageSpec`."""
 
 
 def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     """Data, model and device."""
-    data = config.data.build(config.model.processor(), config.seed)
+    judged = task(getattr(config.model, "task", "classification"))
+    if config.optimize is not None and config.optimize not in judged.metrics:
+        raise ValueError(
+            f"optimize is {config.optimize!r}, and a model of {judged.name} is judged by {', '.join(judged.metrics)}. "
+            f"Set optimize={judged.metrics[0]}, say"
+        )
+    wanted = getattr(config.data, "task", "classification")
+    if wanted != judged.name and (judged.name, wanted) != ("embedding", "classification"):  # whose texts serve, without their labels
+        raise ValueError(
+            f"data={config.data.registered_name} is for {wanted}, and model={config.model.registered_name} for {judged.name}. "
+            f"Set {DATA_FOR[judged.name]}"
+        )
+    processor = config.model.processor()
+    data = config.data.build(processor, config.seed)
     model = config.model.build(len(data.label_names), config.seed, data.label_names)
     for note in data.notes:
         record.note(note)
@@ -54,22 +78,39 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     batches = list(data.test_dataloader())
     wants_gpu = config.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
     device = torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
-    return Setup(config, record, folder, data, device, batches, torch.cat([labels for _, labels in batches])), model
+    judged.check(model, batches)
+    return Setup(config, record, folder, data, device, batches, judged, processor), model
 
 
 def preflight(setup: Setup, model: nn.Module) -> None:
     """Find in seconds what would fail after minutes: patterns, shapes, and exporters that cannot hold the grids."""
-    scheme, trial = copy.deepcopy(setup.config.quantizer), copy.deepcopy(model)
+    scheme = copy.deepcopy(setup.config.quantizer)
+    example = setup.data.example_inputs(2)
+    always = setup.config.model.always_float(model)
+    if setup.task.name == "classification":
+        trial = _classification_trial(scheme, model, always, example)
+    else:  # rows are rounded one by one, so one of each weight shows what all would
+        trial, _ = scheme.prepare(_copy(model, share=True), always, example)
+        trial = scheme.convert(one_row(trial))
+    for exporter in setup.config.export.values():
+        exporter.preflight(trial, setup.task.name, setup.processor)
+
+
+def _classification_trial(scheme: Any, model: nn.Module, always: list[str], example: dict[str, Tensor]) -> nn.Module:
+    trial = copy.deepcopy(model)
     for module in trial.modules():  # norms that begin at zero, as fresh residual networks have them, would make constants
         scale = getattr(module, "weight", None)
         if isinstance(scale, nn.Parameter) and scale.ndim == 1 and not scale.any():
             nn.init.ones_(scale)
-    example = setup.data.example_inputs(2)
-    always = setup.config.model.always_float(trial)
     trial, _ = scheme.prepare(scheme.transform(trial, [example], always), always, example)
-    trial = scheme.convert(scheme.calibrate(trial, [example]))
-    for exporter in setup.config.export.values():
-        exporter.refuse(trial)
+    converted: nn.Module = scheme.convert(scheme.calibrate(trial, [example]))
+    return converted
+
+
+def _copy(model: nn.Module, share: bool) -> nn.Module:
+    """A copy of the modules; of the weights too, unless they are to be shared."""
+    memo = {id(t): t for t in [*model.parameters(), *model.buffers()]} if share else {}
+    return copy.deepcopy(model, memo)
 
 
 def quantize(setup: Setup, float_model: nn.Module) -> nn.Module:
@@ -77,9 +118,9 @@ def quantize(setup: Setup, float_model: nn.Module) -> nn.Module:
     config, record = setup.config, setup.record
     scheme, always = config.quantizer, config.model.always_float(float_model)
     calibration = [inputs for inputs, _ in setup.data.calibration_dataloader()] if scheme.needs_data else []
-    model = scheme.transform(copy.deepcopy(float_model), calibration, always)
+    model = scheme.transform(_copy(float_model, share=not scheme.moves_weights), calibration, always)
     if config.analyze or scheme.automatic:
-        rows = analyze(scheme, model, always, calibration, list(setup.data.val_dataloader()), config.analyze_examples)
+        rows = analyze(scheme, model, always, calibration, list(setup.data.val_dataloader()), config.analyze_examples, setup.task)
         record.data["analysis"] = rows
         print_analysis(rows)
         always = [*always, *keep_most_harmful(rows, scheme.automatic, record)]
@@ -111,7 +152,8 @@ def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: A
     seed_everything(config.seed, verbose=False)
     distill = getattr(config.quantizer, "distill", None)
     optimizer = build(config.optimizer, "optimizer")
-    module = Module(model, fit, optimizer, teacher, distill.weight if distill else 0.0, distill.temperature if distill else 1.0)
+    distill = (distill.weight, distill.temperature) if distill else (0.0, 1.0)
+    module = Module(model, fit, optimizer, teacher, *distill, task=setup.task)
     train(
         module,
         setup.data,
@@ -129,63 +171,66 @@ def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: A
     release()
 
 
-def measure(setup: Setup, stage: str, model: nn.Module, float_logits: Tensor | None = None) -> Tensor:
-    """Logits on the test split; the metrics go into the record."""
-    logits = predict(model.to(setup.device), setup.batches, f"evaluating {stage}")
-    metrics = classification_metrics(logits, setup.labels)
-    if float_logits is not None:
-        metrics |= compare_to_float(logits, float_logits)
-    setup.record.data["stages"][stage] = metrics
-    return logits
+def measure(setup: Setup, stage: str, model: nn.Module, float_outputs: Any = None) -> Any:
+    """Outputs on the test split; the metrics go into the record."""
+    outputs = setup.task.predict(model.to(setup.device), setup.batches, f"evaluating {stage}")
+    setup.record.data["stages"][stage] = setup.task.measure(outputs, setup.batches, float_outputs)
+    return outputs
 
 
-def validate(setup: Setup, model: nn.Module) -> dict[str, float]:
+def validate(setup: Setup, model: nn.Module, float_model: nn.Module) -> dict[str, float]:
     """Metrics on the validation split, which sweepers choose by: choosing by the test split would spoil it."""
-    batches = list(setup.data.val_dataloader())
-    logits = predict(model, batches, "evaluating the validation split")
-    return classification_metrics(logits, torch.cat([labels for _, labels in batches]))
+    batches, judged = list(setup.data.val_dataloader()), setup.task
+    reference = None
+    if judged.needs_reference:
+        reference = judged.predict(float_model.to(setup.device), batches, "evaluating the validation split in float")
+    return judged.measure(judged.predict(model, batches, "evaluating the validation split"), batches, reference)
 
 
-def convert(setup: Setup, model: nn.Module, logits: Tensor, float_model: nn.Module) -> tuple[nn.Module, Tensor]:
-    """Integer codes instead of fake-quant, the proof that no bit of any logit changed, and the logits."""
+def convert(setup: Setup, model: nn.Module, outputs: Any, float_model: nn.Module) -> tuple[nn.Module, Any]:
+    """Integer codes instead of fake-quant, the proof that no bit of any output changed, and the outputs."""
     scheme = setup.config.quantizer
     trained = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     trained |= {f"{name}.weight": layer.folded()[0].detach() for name, layer in fake_layers(model)}
     model = scheme.convert(model).to(setup.device)
     record_fallbacks(setup)
     trained |= getattr(model, "float_weights", {})  # of a graph of torch's, whose layers have names only now
-    converted = predict(model, setup.batches, "convert == prepare")
-    exact = torch.equal(converted, logits)
-    if not exact and scheme.exact:
-        worst = float((converted - logits).abs().max())
+    converted = setup.task.predict(model, setup.batches, "convert == prepare")
+    change = setup.task.difference(outputs, converted)
+    worst = change.pop("max_abs")
+    if not change["bit_exact"] and scheme.exact:
         raise ValueError(
-            f"the converted model is not the trained one: logits differ by up to {worst:.3g}. This is a defect of qtrain; please report it"
+            f"the converted model is not the trained one: outputs differ by up to {worst:.3g}. This is a defect of qtrain; please report it"
         )
-    setup.record.data["convert_equals_prepare"] = {"logits": converted.numel(), "bit_exact": exact, "nmse": nmse(logits, converted)}
+    setup.record.data["convert_equals_prepare"] = change
     setup.record.data["quantized"] = layer_table(model, trained)
     setup.record.data["size"] = sizes(model, float_model)
     save_model(setup.folder / "checkpoints" / "converted", model, config=setup.record.data["config"])
     return model, converted
 
 
-def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module, logits: Tensor, float_logits: Tensor) -> None:
+def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module, outputs: Any, float_outputs: Any) -> None:
     """Write one artefact and its receipt."""
     config = setup.config
 
     def metrics(runtime: Tensor, labels: Tensor) -> dict[str, float]:
-        return classification_metrics(runtime, labels) | compare_to_float(runtime, float_logits)
+        return classification_metrics(runtime, labels) | compare_to_float(runtime, float_outputs)
 
     job = ExportJob(
         model=model.cpu(),
         float_model=float_model.cpu(),
         example_inputs=setup.data.example_inputs(2),
         batches=setup.batches,
-        training_logits=logits,
+        training_logits=outputs,
         metrics=metrics,
         folder=setup.folder / "exports",
         max_length=config.model.max_positions(model),
         vocab_size=config.model.vocabulary(model),
         metadata={"recipe": config.recipe, "qtrain": qtrain.__version__},
+        task=setup.task.name,
+        processor=setup.processor,
+        comparison=setup.task.comparison(outputs, setup.batches, float_outputs),
+        importance=config.quantizer.importance,
     )
     try:
         entry = exporter.export(job)

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qtrain.lazy import lazy_import
@@ -56,6 +57,8 @@ class Scheme:
     """Equalize the ranges of consecutive convolutions first (Nagel et al. 2019); folds batch-norms."""
     bias_correction: bool = False
     """Correct biases for the mean error that rounding makes on the calibration data (Nagel et al. 2019)."""
+    imatrix: Any = False
+    """Weigh rounding errors by the mean squared activation of each input channel: true to measure it, or llama.cpp's imatrix file."""
     include: list[str] = field(default_factory=lambda: ["*"])
     """Patterns of modules to quantize."""
     keep_float: Any = field(default_factory=list)
@@ -66,6 +69,8 @@ class Scheme:
         """What could not be done as asked: [{"name", "why"}]."""
         self.details: dict[str, Any] = {}
         """What was done to the model, for run.json."""
+        self.importance: dict[str, Any] = {}
+        """Module name -> `qtrain.importance.Importance`, where `imatrix` measured it."""
         self.keep_float = [self.keep_float] if isinstance(self.keep_float, str) else list(self.keep_float)
         self.automatic = _automatic(self.keep_float)
         """How many of the most harmful layers are to stay in float."""
@@ -89,6 +94,16 @@ class Scheme:
             raise ValueError(
                 f"quantizer.percentile is {self.percentile}; it is above 50 and at most 100. Set quantizer.percentile=99.99, say."
             )
+        if isinstance(self.imatrix, str) and not Path(self.imatrix).is_file():
+            raise ValueError(
+                f"quantizer.imatrix={self.imatrix} is no file; valid: true (measure it on the calibration text), false, or a file that "
+                "llama-imatrix or qtrain wrote. Set quantizer.imatrix=true"
+            )
+        if hasattr(self.embedding, "assign") or hasattr(self.activation, "assign"):
+            raise ValueError(
+                "a mix such as q4_k_m is for all weights, embeddings included. Set grid@quantizer.weight=q4_k_m and leave "
+                "grid@quantizer.embedding alone; activations have grid@quantizer.activation=ggml_activation"
+            )
         if self.smoothquant is not None and not 0 <= self.smoothquant <= 1:
             raise ValueError(f"quantizer.smoothquant is {self.smoothquant}; it is from 0 to 1. Set quantizer.smoothquant=0.5, or null.")
 
@@ -100,7 +115,12 @@ class Scheme:
     @property
     def needs_data(self) -> bool:
         """Whether calibration data is read."""
-        return self.static or self.bias_correction or self.smoothquant is not None
+        return self.static or self.bias_correction or self.smoothquant is not None or self.imatrix is True
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether float weights change, so that the float model has to be kept apart."""
+        return self.trains or self.smoothquant is not None or self.equalize or self.bias_correction
 
     def transform(self, model: nn.Module, calibration: list[dict[str, Any]], keep_float: list[str]) -> nn.Module:
         """What is to happen to the float model first: smoothing, equalization. The result computes what ``model`` computed.
@@ -139,7 +159,12 @@ class Scheme:
         from qtrain import graph
         from qtrain.prepare import prepare
 
-        chosen, kept = select(model, self.include, [*self.keep_float, *keep_float])
+        mix = self.weight if hasattr(self.weight, "assign") else None  # a mix names a type for every tensor, the output head's too
+        chosen, kept = select(model, self.include, [*self.keep_float, *([] if mix else keep_float)])
+        weight: Any = self.weight
+        if mix is not None:
+            weight, why = mix.assign(model, chosen)
+            self.fallbacks += why
         observer = {"kind": self.observer, "percentile": self.percentile}
         held: dict[str, Any] = {}
         edges = False
@@ -154,7 +179,7 @@ class Scheme:
                 held = self._batch_norms(model, chosen)
                 edges = self.static
         activation = None if edges else self.activation
-        grids = (self.weight, self.embedding, activation, self.static)
+        grids = (weight, self.embedding, activation, self.static)
         swapped = prepare(model, chosen, *grids, observer=observer, batch_norms=held)
         if edges:
             graph.put_on_edges(model, self.activation, observer)  # type: ignore[arg-type]
@@ -172,20 +197,30 @@ class Scheme:
         return modules
 
     def calibrate(self, model: nn.Module, batches: Iterable[dict[str, Any]]) -> nn.Module:
-        """Find static ranges, and correct biases where asked; ``batches`` are keyword inputs of ``model``.
+        """Find static ranges and importances, correct biases where asked, and search the scales that are searched.
+
+        Args:
+            batches: keyword inputs of ``model``.
 
         Raises:
             ValueError: if there is no data, or an activation is not finite or constant, naming it.
         """
+        from qtrain.prepare import choose_once
+
+        batches = list(batches)
         if self.static or self.bias_correction:
             from qtrain.activations import calibrate
 
-            batches = list(batches)
             calibrate(model, batches)
         if self.bias_correction:
             from qtrain.equalization import correct_biases
 
             self.details["bias_correction"] = correct_biases(model, batches)
+        if self.imatrix:
+            from qtrain.importance import weigh
+
+            self.importance = weigh(model, batches, self.imatrix)
+        choose_once(model)
         return model
 
     def convert(self, model: nn.Module) -> nn.Module:

@@ -134,8 +134,8 @@ class Affine(Grid):
             )
         return None
 
-    def choose(self, w: Tensor) -> Params:
-        """Scales, and zero points for asymmetric rules; float32 and int8, shape [R, G]."""
+    def choose(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """Scales, and zero points for asymmetric rules; float32 and int8, shape [R, G]. ``importance`` is ignored: values count alike."""
         self._refuse_shape(tuple(w.shape))
         scale, _, zero = self._choose(self._view(w.detach()))
         return self._as_params(scale, zero)

@@ -38,7 +38,7 @@ class QuantizedTensor:
 
     grid: Grid
     codes: Tensor
-    """int8, in the shape of the tensor that was encoded."""
+    """int8 (int16 for 16-bit floats), in the shape of the tensor that was encoded."""
     params: Params = field(default_factory=dict)
 
     @property
@@ -71,9 +71,20 @@ class Grid(ABC):
     def param_bits(self, name: str) -> int:
         """Bits per element of parameter ``name`` in a packed file."""
 
+    @property
+    def searches(self) -> bool:
+        """Whether `choose` is a costly search, which post-training quantizers do once, keeping the parameters."""
+        return False
+
     @abstractmethod
-    def choose(self, w: Tensor) -> Params:
-        """Scales (and whatever else the grid has) for ``w``, already rounded to their stored type, as float32."""
+    def choose(self, w: Tensor, importance: Tensor | None = None) -> Params:
+        """Scales (and whatever else the grid has) for ``w``, already rounded to their stored type, as float32.
+
+        Args:
+            w: values.
+            importance: mean squared activation of each input channel, float32, one per value of ``w``'s last dimension: what a grid that
+                searches for its scales weights squared errors with. Grids with a rule in closed form ignore it.
+        """
 
     @abstractmethod
     def encode(self, w: Tensor, params: Params | None = None) -> QuantizedTensor:

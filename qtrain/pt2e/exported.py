@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.fx.node import map_aggregate
 
-from qtrain.module import logits_of
+from qtrain.evaluate import logits_of
 
 aten = torch.ops.aten
 

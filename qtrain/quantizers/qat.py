@@ -8,6 +8,7 @@ trained is what is packed, and convert() changes no bit. Options:
 
     start_step      train in float first, fake-quant from this step on; evaluation is on the grid throughout
     freeze_step     scales (and activation ranges) stay fixed from this step on, the weights go on moving
+    search_every    grids whose scales are found by a search (llama.cpp's K-types) search again every so many steps, not in each
     learn_scale     scales become parameters (LSQ: Esser et al. 2020, arXiv 1902.08153), initialised by the grid's rule
     distill         the float model teaches: logit distillation (Hinton et al. 2015, arXiv 1503.02531) with a weight of its own
 
@@ -63,6 +64,8 @@ class Qat(Scheme):
     """Optimizer step from which scales stay fixed; null for never."""
     freeze_batch_norm_step: int | None = None
     """Optimizer step from which batch-norm statistics stay fixed; null for freeze_step (0 trains with folded batch-norms)."""
+    search_every: int = 100
+    """Optimizer steps between searches for the scales of grids that search them (K-types); 0 keeps those found before training."""
     learn_scale: bool = False
     """Train the scales of Linear and convolution weights too (LSQ)."""
     distill: Distill = field(default_factory=Distill)
@@ -77,6 +80,8 @@ class Qat(Scheme):
                 f"start_step is {self.start_step} and freeze_step {self.freeze_step}; 0 <= start_step <= freeze_step. "
                 "Set quantizer.start_step=0 quantizer.freeze_step=null, say."
             )
+        if self.search_every < 0:
+            raise ValueError(f"search_every is {self.search_every}; at least 0. Set quantizer.search_every=100, say")
         late = self.freeze_step is not None and self.freeze_batch_norm_step is not None and self.freeze_batch_norm_step > self.freeze_step
         if late or (self.freeze_batch_norm_step or 0) < 0:
             raise ValueError(
@@ -100,4 +105,4 @@ class Qat(Scheme):
         from qtrain.callbacks import FakeQuantSchedule
 
         frozen = self.freeze_step if self.freeze_batch_norm_step is None else self.freeze_batch_norm_step
-        return [FakeQuantSchedule(self.start_step, self.freeze_step, frozen)]
+        return [FakeQuantSchedule(self.start_step, self.freeze_step, frozen, self.search_every)]

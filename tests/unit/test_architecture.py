@@ -13,11 +13,11 @@ from tests.conftest import ROOT
 SOURCES = sorted([*(ROOT / "qtrain").rglob("*.py"), *(ROOT / "exporters").rglob("*.py")])
 COMMON = {"grids", "activations", "layers", "prepare", "graph", "targets", "registry", "lazy", "fit", "callbacks", "console", "pt2e"}
 ALLOWED = {
-    "qtrain/grids": {"grids", "registry", "lazy"},
-    "qtrain/quantizers": COMMON,
-    "qtrain/models": COMMON | {"samples", "models", "images", "image_models", "vision", "resnet"},
-    "qtrain/data": COMMON | {"samples", "text", "images", "splits", "hub", "datamodule"},
-    "exporters": {"grids", "receipt", "registry", "lazy", "__init__"},
+    "qtrain/grids": {"grids", "registry", "lazy", "gguf_names"},
+    "qtrain/quantizers": COMMON | {"gguf_names"},
+    "qtrain/models": COMMON | {"samples", "pretrained", "models", "images", "image_models", "vision", "resnet"},
+    "qtrain/data": COMMON | {"samples", "text", "images", "splits", "tables", "hub", "datamodule", "language", "documents"},
+    "exporters": {"grids", "receipt", "registry", "lazy", "gguf_names", "__init__"},
 }
 
 

@@ -1,0 +1,106 @@
+"""The receipt of a GGUF file, made in llama.cpp: what it computes, how it tokenizes, what it writes, and how fast it is.
+
+    logits         at every scored position of the evaluation text: NMSE, largest difference, share of equal arg-max
+    perplexity     of the same tokens on both sides, and KL divergence and agreement with the float model
+    tokenization   1,000 varied strings, and the evaluation text: the same ids from transformers and from llama.cpp
+    generation     the longest common prefix of what both write greedily; not a pass or fail, since one flip changes all that follows
+    speed          tokens per second for a prompt and for generation, beside the float file, interleaved
+
+Logits stream through `job.comparison`, a few hundred tokens at a time.
+"""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from exporters.base import Artefact, ExportJob
+from exporters.gguf.llama import Llama
+from qtrain.receipt import Receipt
+
+if TYPE_CHECKING:
+    from exporters.gguf import Gguf
+
+PROMPT = 16
+"""Tokens of the evaluation text that generation goes on from."""
+SPEED_RUNS = 3
+
+
+def prove(exporter: Gguf, job: ExportJob, artefact: Artefact, receipt: Receipt) -> None:
+    """Fill in ``receipt``; see the module."""
+    longest = max(map(len, job.comparison.sequences))
+    embeds = job.task == "embedding"
+    room = longest if embeds else max(longest, PROMPT + exporter.generate)
+    with Llama(artefact.path, context=room, threads=exporter.threads, embeddings=embeds) as llama:
+        compare_outputs(exporter, job, llama, receipt)
+        receipt.checks["tokenization"] = tokenization(job.processor, llama, exporter.strings)
+        if receipt.checks["tokenization"].startswith("failed"):
+            receipt.failures.append(f"tokenization {receipt.checks['tokenization']}")
+        if not embeds and receipt.passed:
+            receipt.checks["generation"] = generation(job, llama, exporter.generate)
+    if receipt.passed and not embeds:
+        receipt.tokens_per_s = speed(exporter, artefact)
+
+
+def compare_outputs(exporter: Gguf, job: ExportJob, llama: Llama, receipt: Receipt) -> None:
+    """Feed llama.cpp's logits, or embeddings, of every sequence to the job's comparison."""
+    comparison, tolerances = job.comparison, exporter.tolerances
+    for index, ids in enumerate(comparison.sequences):
+        job.tell(f"llama.cpp on the evaluation text, {index + 1} of {len(comparison.sequences)} sequences")
+        if job.task == "embedding":
+            comparison.add(index, 0, llama.embed(ids)[None])
+            continue
+        for start, logits in llama.logits_chunks(ids):
+            comparison.add(index, start, logits)
+    result = comparison.result()
+    receipt.add_agreement(result["nmse"], result["max_abs"], result["top1_agreement"], tolerances)
+    receipt.add_metrics(result["training"], result["runtime"], tolerances)
+
+
+def tokenization(tokenizer: Any, llama: Llama, count: int) -> str:
+    """Compare the ids of ``count`` varied strings: "passed: …", "failed: …" or "not run: …"."""
+    from exporters.gguf.tokenizers import varied_strings
+
+    if not count:
+        return "not run: export.gguf.strings=0"
+    special = [str(token) for token in tokenizer.all_special_tokens]
+    wrong = []
+    for text in varied_strings(count, special):
+        ours = tokenizer(text, add_special_tokens=False)["input_ids"]
+        theirs = llama.tokenize(text, add_special=False, parse_special=True)
+        if ours != theirs:
+            wrong.append((text, ours, theirs))
+    if wrong:
+        text, ours, theirs = wrong[0]
+        return f"failed: {len(wrong)} of {count} strings have other ids, the first {text!r}: {ours[:12]} in training, {theirs[:12]} in llama.cpp"
+    return f"passed: {count} of {count} varied strings have the same ids"
+
+
+def generation(job: ExportJob, llama: Llama, count: int) -> str:
+    """Generate greedily from the start of the evaluation text on both sides."""
+    prompt = max(job.comparison.sequences, key=len)[:PROMPT]
+    model: Any = job.model
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
+    ours, theirs = written[0, len(prompt) :].tolist(), llama.greedy(prompt, count)
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return f"passed: the first {same} of {max(len(ours), len(theirs))} greedy tokens are the same: {llama.detokenize(theirs[:same])!r}"
+
+
+def speed(exporter: Gguf, artefact: Artefact) -> dict[str, dict[str, float]]:
+    """Tokens per second, medians of interleaved runs."""
+    paths = {"quantized": artefact.path} | ({"float": artefact.float_path} if artefact.float_path is not None else {})
+    opened = {name: Llama(path, context=256, threads=exporter.threads) for name, path in paths.items()}
+    try:
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in opened}
+        for _ in range(SPEED_RUNS):
+            for name, llama in opened.items():
+                runs[name].append(llama.speed(prompt=128, generate=16))
+        return {n: {k.removesuffix("_tokens_per_s"): median(r[k] for r in rs) for k in rs[0]} for n, rs in runs.items()}
+    finally:
+        for llama in opened.values():
+            llama.close()
+
