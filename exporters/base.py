@@ -68,7 +68,7 @@ class ExportJob:
     batches: list[tuple[Inputs, Tensor]]
     """The whole test split: inputs and labels."""
     training_logits: Any
-    """[N, C], float32: what `model` computes on `batches`, in order; for other tasks the task's own outputs, which `comparison` compares."""
+    """[N, C], float32: what `model` computes on `batches`, in order; for other tasks their own outputs, which `comparison` compares."""
     metrics: Callable[[Tensor, Tensor], dict[str, float]]
     """(logits [N, C], labels [N]) -> metrics by name."""
     folder: Path
@@ -86,8 +86,8 @@ class ExportJob:
     processor: Any = None
     """The tokenizer, or the images' specification."""
     comparison: Any = None
-    """Where logits of the whole test split do not fit into one tensor: `sequences` (token ids of each), `add(sequence, start, logits)` for the
-    runtime's logits at positions start, start + 1, …, and `result()` (`qtrain/language_task.py`)."""
+    """Where logits of the whole test split do not fit into one tensor: `sequences` (token ids of each), `add(sequence, start, logits)` for
+    the runtime's logits at positions start, start + 1, …, and `result()` (`qtrain/language_task.py`)."""
     tell: Callable[[str], None] = print
     """Shows the user how far the export has come; set by `Exporter.export`."""
     importance: dict[str, Any] = field(default_factory=dict)
@@ -128,6 +128,8 @@ class Exporter(ABC):
     registered_name: ClassVar[str] = ""
     tasks: ClassVar[tuple[str, ...]] = ("classification",)
     """What models it can export are for."""
+    streams: ClassVar[bool] = False
+    """Whether it reads one layer's codes after the other, so that a model may make them as they are read (`qtrain/streaming.py`)."""
 
     tolerances: Tolerances = field(default_factory=Tolerances)
     """How far the runtime may be from training."""

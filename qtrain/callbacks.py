@@ -21,13 +21,12 @@ from qtrain.prepare import choose_once
 class FakeQuantSchedule(Callback):
     """Train in float before ``start_step``; keep scales and activation ranges fixed from ``freeze_step`` on (optimizer steps).
 
-    Grids that search for their scales do so every ``search_every`` steps. Statistics of the batch-norms that convolutions hold stay from ``freeze_batch_norm_step`` on. Evaluation is always on the grid. All
+    Grids that search for their scales do so every ``search_every`` steps.
+    Statistics of the batch-norms that convolutions hold stay from ``freeze_batch_norm_step`` on. Evaluation is always on the grid. All
     are functions of the step and of saved weights, so a resumed run does the same.
     """
 
-    def __init__(
-        self, start_step: int, freeze_step: int | None, freeze_batch_norm_step: int | None = None, search_every: int = 0
-    ) -> None:
+    def __init__(self, start_step: int, freeze_step: int | None, freeze_batch_norm_step: int | None = None, search_every: int = 0) -> None:
         self.start_step = start_step
         self.freeze_step = freeze_step
         self.freeze_batch_norm_step = freeze_batch_norm_step

@@ -37,7 +37,7 @@ REST = "checkpoint.json"
 def versions() -> dict[str, str]:
     """Versions of what the result depends on."""
     found = {"qtrain": qtrain.__version__}
-    for package in ("torch", "torchao", "lightning", "transformers", "onnx", "onnxruntime", "onnxscript", "numpy"):
+    for package in ("torch", "torchao", "lightning", "transformers", "onnx", "onnxruntime", "onnxscript", "gguf", "xllamacpp", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -44,6 +44,8 @@ class Config:
     """How the float model is fine-tuned before quantization; epochs=0 for a model that is trained already."""
     quantizer: Any = MISSING
     """Which value of the grid each weight gets."""
+    stream: bool = False
+    """Quantize and export a language model tensor by tensor, never whole in memory; perplexity is then measured in the runtime alone."""
     analyze: bool = False
     """Measure each layer alone on the grid: SQNR of its output, and the metric on the validation split."""
     analyze_examples: int = 512

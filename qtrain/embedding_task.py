@@ -99,7 +99,9 @@ class Embedding(Task):
         """
         texts = sum(len(labels) for _, labels in batches)
         if texts < 3:
-            raise ValueError(f"the test split has {texts} texts; neighbours need at least 3. Set data.limit=null, or data.test=FILE to more texts")
+            raise ValueError(
+                f"the test split has {texts} texts; neighbours need at least 3. Set data.limit=null, or data.test=FILE to more texts"
+            )
 
     def loss(self, model: nn.Module, batch: Batch, teacher: nn.Module | None, weight: float, temperature: float) -> Tensor:
         """1 - cosine to the teacher's vector.

@@ -74,6 +74,24 @@ class Fit:
             )
 
 
+@dataclass
+class Distill:
+    """Distillation from the float model."""
+
+    weight: float = 0.0
+    """Share of the distillation loss, 0 (off) to 1 (nothing else)."""
+    temperature: float = 2.0
+    """Softens both distributions; above 0."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1 or self.temperature <= 0:
+            raise ValueError(
+                f"distill.weight is {self.weight} and distill.temperature {self.temperature}; "
+                "the weight is from 0 to 1, the temperature above 0. "
+                "Set quantizer.distill.weight=0.5 quantizer.distill.temperature=2, say."
+            )
+
+
 def build(node: dict[str, Any], key: str, **kwargs: Any) -> Any:
     """Instantiate a third-party class from a config node: the only call site of `hydra.utils.instantiate`.
 

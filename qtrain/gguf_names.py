@@ -44,8 +44,8 @@ _WRAPPERS = re.compile(r"^(bert|nomic_bert)\.|(?<=^model\.)language_model\.|^lan
 """Prefixes that a head or a vision model puts before the names of the text model."""
 _LEFT_OUT = re.compile(r"^(pooler\.|cls\.predictions\.|cls\.seq_relationship\.)")
 """Parameters of encoders that llama.cpp has no use for."""
-_CLASSIFIERS = ("cls.", "cls_", "score.")
-"""GGUF tensors of classification heads, which are not written: encoders are exported for their embeddings."""
+_HEADS = {"pooler.dense": "cls", "classifier": "cls.output"}
+"""BERT's classification head, of files whose pooling is `rank`."""
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
 _NOMIC = {
     "self_attn.q_proj": "attn_q",
@@ -82,12 +82,12 @@ def architecture(config: Any) -> str:
     Raises:
         ValueError: if it is none of ours, naming it and ours.
     """
-    kind = _text(config).model_type
+    kind = getattr(_text(config), "model_type", type(config).__name__)
     if kind not in ARCHITECTURES:
         raise ValueError(
-            f"a GGUF file of architecture {kind!r} is not one that qtrain can name the tensors of; ours are "
-            f"{', '.join(sorted(ARCHITECTURES))}. Choose such a model (model.path=FOLDER), or a grid and an exporter that go by no "
-            "GGUF names (grid@quantizer.weight=ggml, export=[onnx])"
+            f"models of type {kind!r} are not among those whose GGUF tensors qtrain can name; ours are {', '.join(sorted(ARCHITECTURES))}. "
+            "Choose such a model (model.path=FOLDER), or a grid and an exporter that go by no GGUF names (grid@quantizer.weight=ggml, "
+            "export=[onnx])"
         )
     return ARCHITECTURES[kind]
 
@@ -98,10 +98,10 @@ def facts(config: Any) -> Facts:
     Raises:
         ValueError: if the architecture is none of ours.
     """
-    text = _text(config)
+    text, arch = _text(config), architecture(config)
     heads = text.num_attention_heads
     return Facts(
-        architecture(config),
+        arch,
         layers=text.num_hidden_layers,
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
@@ -120,11 +120,12 @@ def tied(model: nn.Module) -> bool:
     return ours is theirs
 
 
-def tensor_names(config: Any, parameters: Iterable[str], tied: bool | None = None) -> dict[str, str]:
+def tensor_names(config: Any, parameters: Iterable[str], tied: bool | None = None, heads: bool = False) -> dict[str, str]:
     """The GGUF name of each of ``parameters`` (`...weight`, `...bias`, as `model.named_parameters()` gives them).
 
     Args:
         tied: whether the output head is the token embedding; None for what the configuration says.
+        heads: name BERT's pooler and classifier too, where they are otherwise left out and refused.
 
     Returns:
         parameter -> tensor, without the parameters that no file holds (`left_out`); of a tied model, the head and the embedding have the
@@ -142,20 +143,24 @@ def tensor_names(config: Any, parameters: Iterable[str], tied: bool | None = Non
     table = gguf.get_tensor_name_map(known[arch], text.num_hidden_layers)
     names, unknown = {}, []
     for parameter in parameters:
+        module, _, suffix = _WRAPPERS.sub("", parameter).rpartition(".")
+        if heads and arch == "bert" and module in _HEADS:
+            names[parameter] = f"{_HEADS[module]}.{suffix}"
+            continue
         if left_out(parameter):
             continue
         if tied and parameter.endswith("lm_head.weight"):
             names[parameter] = TOKEN_EMBEDDING
             continue
         name = _tensor_name(table, arch, parameter)
-        if name is None or name.startswith(_CLASSIFIERS):
+        if name is None or name.startswith("cls."):
             unknown.append(parameter)
         else:
             names[parameter] = name
     if unknown:
         raise ValueError(
             f"{len(unknown)} parameters have no tensor in a GGUF file of architecture {arch}, the first {', '.join(unknown[:3])}; a file "
-            "holds the language model, or the encoder, and no other heads. Choose a model without them (model=causal_lm)"
+            "holds the language model, or the encoder. Choose a model without them (model=causal_lm, say)"
         )
     return names
 

@@ -4,214 +4,42 @@ A GGUF file holds weights in ggml's types, the model's hyperparameters and its t
 (`gguf_file=`), and decodes every tensor with the `gguf` package, so the loaded weights equal the decode of the file's bytes to the last
 bit. What it passes over in silence is looked for here, before or after:
 
-    damage              a file that is cut short, or of a tensor type that the `gguf` package cannot decode, is refused before it is read
+    damage              a file that is cut short, or of a tensor type that the `gguf` package cannot decode: see `qtrain/gguf_header.py`
     tensors             transformers drops tensors that it has no place for: as many numbers must arrive as the file holds
-    hyperparameters     an explicit head width, rope scaling (linear and yarn), and Llama 3's frequency factors (`rope_freqs.weight`),
-                        which are matched against the factors that `rope_type: llama3` gives, are put into the config; what cannot be
-                        expressed there is refused, since the model would then be another one
+    hyperparameters     an explicit head width, biases of Llama's projections, Gemma's soft caps and attention scale, rope scaling (linear
+                        and yarn), and Llama 3's frequency factors (`rope_freqs.weight`), which are matched against those that
+                        `rope_type: llama3` gives, are put into the config; what cannot be expressed there is refused, since the model
+                        would then be another one
     pre-tokenizer       `tokenizer.ggml.pre` names how text is split before merges; transformers knows some of the names and takes
                         GPT-2's expression for the others. Those that split digits first are put right here (SmolLM, StarCoder, …: the
                         expressions are llama.cpp's, llama-vocab.cpp); other names are refused
     the quantizer       the loaded model is plain float, but transformers marks it as quantized, and it could not be saved: the marks
                         are removed
-
-Layout of the file (the specification is ggml/docs/gguf.md): magic, version, counts; key-value pairs; tensor infos (name, dimensions
-fastest first, type, offset); padding to `general.alignment`; data. Only files of one part and of little-endian byte order are read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any
 
+from qtrain.gguf_header import REMEDY, Header, TensorInfo
 from qtrain.lazy import lazy_import
 
 torch: Any = lazy_import("torch")
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY = 8, 9
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What every model of Llama 3's family scaled its frequencies with; only the factor differs."""
+_GEMMA = {"gemma2": 46, "gemma3": 62}
+"""Layers of the 27 B models, whose attention scale is the width per head; that of the others is the head's width."""
+ROPE_FACTORS = "rope_freqs.weight"
 DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"}
 """Pre-tokenizers that split every digit off and go on with GPT-2's expression."""
 GPT2 = {"gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "a.x-4.0", "mellum", "mpt", "olmo", "jais", "trillion", "granite-docling"}
 """Pre-tokenizers that are GPT-2's expression alone."""
-REMEDY = "Set model.path=/a/folder to the transformers folder that the file was made from"
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """Where one tensor lies."""
-
-    name: str
-    shape: tuple[int, ...]
-    """In torch's order."""
-    type: int
-    """ggml's number."""
-    offset: int
-    """Bytes from the beginning of the data."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a GGUF file says before its data."""
-
-    path: Path
-    metadata: dict[str, Any]
-    """Scalars and strings by key; arrays of numbers as lists, arrays of strings as their length."""
-    tensors: list[Tensor]
-    data_start: int
-    bytes: int
-    """Of the whole file."""
-
-    @property
-    def architecture(self) -> str:
-        return str(self.metadata["general.architecture"])
-
-    def get(self, key: str) -> Any:
-        """A hyperparameter of the architecture, or None."""
-        return self.metadata.get(f"{self.architecture}.{key}")
-
-
-class _Reader:
-    """Reads little-endian values one after another."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
-
-    def number(self, code: str) -> Any:
-        (value,) = struct.unpack_from(code, self.data, self.at)
-        self.at += struct.calcsize(code)
-        return value
-
-    def text(self) -> str:
-        size = self.number("<Q")
-        self.at += size
-        if self.at > len(self.data):
-            raise struct.error("a string reaches past the end")
-        return self.data[self.at - size : self.at].decode("utf-8")
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.text()
-        if kind != _ARRAY:
-            return self.number(_SCALARS[kind])
-        kind, count = self.number("<I"), self.number("<Q")
-        if kind == _STRING:
-            for _ in range(count):
-                size = self.number("<Q")
-                self.at += size
-            return count
-        return [self.number(_SCALARS[kind]) for _ in range(count)]
-
-
-def read_header(path: Path) -> Header:
-    """Everything but the data.
-
-    Raises:
-        ValueError: if the file is not a GGUF file, is cut short, is one part of several, or holds tensors that cannot be decoded.
-    """
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file: it does not begin with GGUF. {REMEDY}, or to another file")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                header = _parse(path, _Reader(data))
-            except (struct.error, KeyError, UnicodeDecodeError, OverflowError) as e:
-                raise ValueError(
-                    f"the header of {path} is damaged ({type(e).__name__}: {e}): the file is cut short ({len(data):,} bytes) or not a GGUF "
-                    f"file. Copy it again. {REMEDY}"
-                ) from e
-    _check(header)
-    return header
-
-
-def _parse(path: Path, reader: _Reader) -> Header:
-    reader.at = 4
-    version, tensors, pairs = reader.number("<I"), reader.number("<Q"), reader.number("<Q")
-    if version not in (2, 3):
-        raise ValueError(f"{path} is GGUF of version {version} (or big-endian); versions 2 and 3 can be read. {REMEDY}")
-    metadata = {}
-    for _ in range(pairs):
-        key, kind = reader.text(), reader.number("<I")
-        metadata[key] = reader.value(kind)
-    metadata["general.architecture"]  # a GGUF file of a model has one
-    infos = []
-    for _ in range(tensors):
-        name, dimensions = reader.text(), reader.number("<I")
-        shape = tuple(reader.number("<Q") for _ in range(dimensions))[::-1]
-        infos.append(Tensor(name, shape, reader.number("<I"), reader.number("<Q")))
-    alignment = metadata.get("general.alignment", 32)
-    return Header(path, metadata, infos, -(-reader.at // alignment) * alignment, len(reader.data))
-
-
-def _check(header: Header) -> None:
-    sizes, path = import_gguf().GGML_QUANT_SIZES, header.path
-    if header.metadata.get("split.count", 1) > 1:
-        raise ValueError(
-            f"{path} is one of {header.metadata['split.count']} parts; a model is read from a single file. "
-            f"Merge them first (llama-gguf-split --merge {path.name} whole.gguf). {REMEDY}"
-        )
-    unreadable = {t.name: _type_name(t.type) for t in header.tensors if not _readable(t.type)}
-    if unreadable:
-        name, kind = next(iter(unreadable.items()))
-        raise ValueError(
-            f"{len(unreadable)} tensors of {path} are of types that cannot be decoded, the first {name} of type {kind}; valid: "
-            f"{', '.join(t.name for t in sizes if _readable(t.value))}. {REMEDY}"
-        )
-    kinds = {t.value: size for t, size in sizes.items()}
-    for t in header.tensors:
-        block, block_bytes = kinds[t.type]
-        end = header.data_start + t.offset + prod(t.shape) // block * block_bytes
-        if end > header.bytes:
-            raise ValueError(
-                f"{path} is cut short: it has {header.bytes:,} bytes, and tensor {t.name} ends at {end:,}. Copy it again. {REMEDY}"
-            )
-
-
-def _type_name(kind: int) -> str:
-    names = {t.value: t.name for t in import_gguf().GGML_QUANT_SIZES}
-    return names.get(kind, f"number {kind}")
-
-
-def _readable(kind: int) -> bool:
-    """Whether the `gguf` package can decode a type: one block of zeros is tried."""
-    import numpy as np
-
-    gguf = import_gguf()
-    sizes = {t.value: (t, size) for t, size in gguf.GGML_QUANT_SIZES.items()}
-    if kind not in sizes:
-        return False
-    quant, (_, block_bytes) = sizes[kind]
-    if quant.name in ("F32", "F16"):
-        return True
-    try:
-        gguf.dequantize(np.zeros((1, block_bytes), np.uint8), quant)
-    except NotImplementedError:
-        return False
-    return True
-
-
-def import_gguf() -> Any:
-    """The `gguf` package.
-
-    Raises:
-        ValueError: if it, or accelerate, which transformers wants beside it, is not installed.
-    """
-    try:
-        import accelerate  # noqa: F401
-        import gguf
-    except ImportError as e:
-        raise ValueError(f"reading a GGUF file needs the packages gguf and accelerate ({e}). Type pip install 'qtrain[gguf]'") from e
-    return gguf
 
 
 def require_known(header: Header) -> None:
@@ -237,18 +65,47 @@ def repair_config(config: Any, header: Header) -> Any:
     Raises:
         ValueError: if the file scales its rope in a way that is not known here.
     """
-    width = header.get("attention.key_length")
-    if width and getattr(config, "head_dim", width) != width and not isinstance(getattr(config, "layer_types", None), list):
+    width, names = header.get("attention.key_length"), {t.name for t in header.tensors}
+    if width and hasattr(config, "head_dim") and not hasattr(config, "global_head_dim"):
         config.head_dim = int(width)
-    kind = header.get("rope.scaling.type")
-    factors = next((t for t in header.tensors if t.name == "rope_freqs.weight"), None)
-    if kind in (None, "none") and factors is None:
-        return config
-    rope = getattr(config, "rope_parameters", None)
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        raise ValueError(f"{header.path} scales its rope ({kind}), which is not read for the architecture {header.architecture}. {REMEDY}")
-    config.rope_parameters = rope | (_llama3(header, factors, config) if factors is not None else _scaling(header, str(kind)))
+    for field, tensor in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_up.bias")):
+        if hasattr(config, field):
+            setattr(config, field, tensor in names)
+    for field in ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "norm_epsilon"):
+        if isinstance(getattr(config, field, None), float):
+            setattr(config, field, _shortest(getattr(config, field)))
+    if header.architecture in _GEMMA:
+        _repair_gemma(config, header)
+    _repair_rope(config, header)
     return config
+
+
+def _repair_gemma(config: Any, header: Header) -> None:
+    """Soft caps; and the attention scale, which no key says: llama.cpp's graph takes it from the size of the model."""
+    for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if header.get(field):
+            setattr(config, field, float(header.get(field)))
+    large = config.num_hidden_layers == _GEMMA[header.architecture]
+    config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if large else config.head_dim
+
+
+def _repair_rope(config: Any, header: Header) -> None:
+    kind, factors = header.get("rope.scaling.type"), next((t for t in header.tensors if t.name == ROPE_FACTORS), None)
+    if kind in (None, "none") and factors is None:
+        return
+    rope = getattr(config, "rope_parameters", None) or {}
+    full = rope.get("full_attention", rope)  # where sliding layers have a rope of their own, they are not scaled
+    if "rope_theta" not in full:
+        raise ValueError(f"{header.path} scales its rope ({kind}), which is not read for the architecture {header.architecture}. {REMEDY}")
+    scaled = full | (_llama3(header, factors, config) if factors is not None else _scaling(header, str(kind)))
+    config.rope_parameters = scaled if full is rope else rope | {"full_attention": scaled}
+
+
+def _shortest(value: float) -> float:
+    """The number that was meant by a float32: 1e-05 for 9.999999747378752e-06."""
+    import numpy as np
+
+    return float(str(np.float32(value)))
 
 
 def _scaling(header: Header, kind: str) -> dict[str, Any]:
@@ -260,7 +117,7 @@ def _scaling(header: Header, kind: str) -> dict[str, Any]:
     return found | ({"original_max_position_embeddings": int(length)} if kind == "yarn" and length else {})
 
 
-def _llama3(header: Header, factors: Tensor, config: Any) -> dict[str, Any]:
+def _llama3(header: Header, factors: TensorInfo, config: Any) -> dict[str, Any]:
     """Parameters of Llama 3's scaling whose frequencies are those of the file."""
     import numpy as np
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -308,7 +165,7 @@ def check_complete(model: Any, header: Header) -> None:
     Raises:
         ValueError: with how many were dropped; a tensor that transformers has no place for is otherwise lost in silence.
     """
-    held = sum(prod(t.shape) for t in header.tensors if t.name != "rope_freqs.weight")
+    held = sum(prod(t.shape) for t in header.tensors if t.name != ROPE_FACTORS)
     loaded = sum(p.numel() for p in model.parameters())
     if held != loaded:
         kinds = sorted({".".join(part for part in t.name.split(".") if not part.isdigit()) for t in header.tensors})

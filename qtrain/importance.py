@@ -78,10 +78,14 @@ def measure(model: nn.Module, layers: dict[str, FakeLinear], batches: Iterable[d
         for handle in handles:
             handle.remove()
     if not any(i.tokens for i in found.values()):
-        raise ValueError("quantizer.imatrix=true has no calibration text to measure on; set data.calibration=FILE, or quantizer.imatrix=false")
+        raise ValueError(
+            "quantizer.imatrix=true has no calibration text to measure on; set data.calibration=FILE, or quantizer.imatrix=false"
+        )
     for name, importance in found.items():
         if not bool(torch.isfinite(importance.sum_of_squares).all()):
-            raise ValueError(f"the input of {name} is not finite on the calibration text; set model.dtype=float32, or quantizer.imatrix=false")
+            raise ValueError(
+                f"the input of {name} is not finite on the calibration text; set model.dtype=float32, or quantizer.imatrix=false"
+            )
     return found
 
 

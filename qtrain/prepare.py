@@ -94,10 +94,8 @@ def prepare(
     misfits = []
     unswappable = _unswappable(model)
     for name, module in modules.items():
-        if isinstance(weight, dict):
-            grid = weight.get(name)
-        else:
-            grid = embedding if isinstance(module, nn.Embedding) else weight
+        own = embedding if isinstance(module, nn.Embedding) else weight
+        grid = weight.get(name) if isinstance(weight, dict) else own
         if grid is None:
             continue
         beside = activation if activation is None or not hasattr(activation, "beside") else activation.beside(grid)

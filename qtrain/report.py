@@ -13,7 +13,14 @@ from rich.table import Table
 from qtrain.console import console
 
 STAGES = {"float": "float", "ptq": "PTQ (rounded)", "qat": "QAT", "converted": "converted"}
-METRICS = {"accuracy": "accuracy", "perplexity": "perplexity", "cosine": "cosine to float", "loss": "loss", "agreement": "agreement with float", "kl": "KL to float"}
+METRICS = {
+    "accuracy": "accuracy",
+    "perplexity": "perplexity",
+    "cosine": "cosine to float",
+    "loss": "loss",
+    "agreement": "agreement with float",
+    "kl": "KL to float",
+}
 SHARES = ("accuracy", "agreement")
 ANALYSIS_ROWS = 15
 """How many of the most harmful layers are shown."""
@@ -91,7 +98,7 @@ def print_summary(run: dict[str, Any], folder: Path) -> None:
 def _legend(run: dict[str, Any]) -> str:
     """What the numbers of the closing table are."""
     if any(entry["receipt"].get("tokens_per_s") for entry in run["exports"]):
-        return "size and tokens per second (medians on this machine) of the written files; float: the same model unquantized, in the same runtime"
+        return "size and tokens per second (medians on this machine) of the written files; float: the same model, not quantized"
     return "latency: batch x tokens (or the shape of the images), medians on this machine; float: the same graph in float32"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from qtrain.files import refuse_used
 from qtrain.malloc import tune_malloc
 from qtrain.record import Record
 from qtrain.report import print_summary, write_html
-from qtrain.stages import convert, export, fit_stage, load, measure, preflight, quantize, validate
+from qtrain.stages import convert, export, fit_stage, load, measure, preflight, quantize, stream, validate
 
 
 def run(config: Config, resolved: dict[str, Any], folder: Path) -> float:
@@ -41,8 +42,11 @@ def run(config: Config, resolved: dict[str, Any], folder: Path) -> float:
 
 
 def pipeline(config: Config, record: Record, folder: Path) -> float:
-    """All stages in order; returns `optimize` on the validation split."""
+    """All stages in order; returns `optimize` on the validation split (of a streamed run, which has none, NaN)."""
     seed_everything(config.seed, verbose=False)
+    if config.stream:
+        stream(config, record, folder)
+        return finish(record, folder, math.nan)
     with record.stage("data and model"):
         setup, float_model = load(config, record, folder)
         preflight(setup, float_model)
@@ -65,10 +69,15 @@ def pipeline(config: Config, record: Record, folder: Path) -> float:
     for name, exporter in config.export.items():
         with record.stage(f"export {name}"):
             export(setup, exporter, model, float_model, outputs, float_outputs)
+    return finish(record, folder, float(record.data["validation"][config.optimize or setup.task.metrics[0]]))
+
+
+def finish(record: Record, folder: Path, metric: float) -> float:
+    """The run passed: say so, and write the report."""
     record.passed()
     print_summary(record.data, folder)
     write_html(record.data, folder / "report.html")
-    return float(record.data["validation"][config.optimize or setup.task.metrics[0]])
+    return metric
 
 
 def refuse_other_run(folder: Path, resolved: dict[str, Any]) -> None:

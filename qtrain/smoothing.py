@@ -41,11 +41,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from qtrain.console import console
-from qtrain.evaluate import sqnr_db
+from qtrain.evaluate import logits_of, sqnr_db
 from qtrain.grids.affine import Affine
 from qtrain.grids.base import Grid
 from qtrain.layers import SmoothedLinear
-from qtrain.evaluate import logits_of
 from qtrain.prepare import replace
 from qtrain.receipt import nmse
 

@@ -12,18 +12,19 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 
 import qtrain
-from exporters.base import ExportJob, ReceiptFailed
+from exporters.base import ExportJob, ReceiptFailed, packed_layers
 from qtrain.checkpoint import load_weights, save_model, tidy
 from qtrain.evaluate import Batch, classification_metrics, compare_to_float, layer_table, sizes
 from qtrain.fit import Fit, build, train
+from qtrain.importance import weigh
 from qtrain.layers import fake_layers
 from qtrain.malloc import release
 from qtrain.module import Module
 from qtrain.prepare import one_row
 from qtrain.record import Record
 from qtrain.sensitivity import analyze, keep_most_harmful, print_analysis
+from qtrain.streaming import RuntimeOnly, halved, rows, streamed
 from qtrain.tasks import Task, task
-
 
 DATA_FOR = {
     "classification": "data=sample_reviews (texts) or data=digits (images), say",
@@ -226,17 +227,82 @@ def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module
         folder=setup.folder / "exports",
         max_length=config.model.max_positions(model),
         vocab_size=config.model.vocabulary(model),
-        metadata={"recipe": config.recipe, "qtrain": qtrain.__version__},
+        metadata=_metadata(config),
         task=setup.task.name,
         processor=setup.processor,
         comparison=setup.task.comparison(outputs, setup.batches, float_outputs),
         importance=config.quantizer.importance,
     )
+    _export(setup.record, exporter, job)
+
+
+def _metadata(config: Any) -> dict[str, str]:
+    """What an artefact says of its origin."""
+    mix = getattr(getattr(config.quantizer, "weight", None), "mix", None)
+    return {"recipe": config.recipe, "qtrain": qtrain.__version__} | ({"mix": mix} if mix else {})
+
+
+def _export(record: Record, exporter: Any, job: ExportJob) -> None:
     try:
         entry = exporter.export(job)
     except ReceiptFailed as failure:
-        setup.record.data["exports"].append(failure.entry)
+        record.data["exports"].append(failure.entry)
         raise
     for fallback in entry["receipt"].get("fallbacks", []):
-        setup.record.fallback(fallback["name"], fallback["why"])
-    setup.record.data["exports"].append(entry)
+        record.fallback(fallback["name"], fallback["why"])
+    record.data["exports"].append(entry)
+
+
+def stream(config: Any, record: Record, folder: Path) -> None:
+    """A language model to an artefact, one tensor in memory at a time (`qtrain/streaming.py`).
+
+    Raises:
+        ValueError: if the model, the quantizer or an exporter cannot do that.
+    """
+    scheme, exporters = config.quantizer, config.export
+    refused = [f"export={name}" for name, exporter in exporters.items() if not exporter.streams]
+    refused += [] if hasattr(config.model, "skeleton") else [f"model={config.model.registered_name}"]
+    refused += [f"quantizer={scheme.registered_name}"] if scheme.trains or scheme.needs_data or scheme.moves_weights else []
+    if refused or not exporters or config.analyze:
+        raise ValueError(
+            f"stream=true rounds one tensor after another and writes it, without {', '.join(refused) or 'analyze=true or export=[]'}. "
+            "Set model=causal_lm quantizer=rtn quantizer.imatrix=false (or a file) export=[gguf] analyze=false, or stream=false"
+        )
+    with record.stage("data and model"):
+        processor = config.model.processor()
+        data = config.data.build(processor, config.seed)
+        for note in data.notes:
+            record.note(note)
+        batches = list(data.test_dataloader())
+        model, weights = config.model.skeleton()
+        positions, vocabulary = config.model.max_positions(model), config.model.vocabulary(model)
+    with record.stage("quantize"):
+        float_model = streamed(halved(copy.deepcopy(model)), weights)
+        model, record.data["kept_float"] = scheme.prepare(model, config.model.always_float(model))
+        if scheme.imatrix:
+            scheme.importance = weigh(model, [], scheme.imatrix)
+        model = streamed(model, weights)
+        while scheme.fallbacks:
+            fallback = scheme.fallbacks.pop(0)
+            record.fallback(fallback["name"], fallback["why"])
+    for name, exporter in exporters.items():
+        with record.stage(f"export {name}"):
+            exporter.preflight(model, "language", processor)
+            job = ExportJob(
+                model=model,
+                float_model=float_model,
+                example_inputs={},
+                batches=batches,
+                training_logits=None,
+                metrics=lambda *_: {},
+                folder=folder / "exports",
+                max_length=positions,
+                vocab_size=vocabulary,
+                metadata=_metadata(config),
+                task="language",
+                processor=processor,
+                comparison=RuntimeOnly(batches),
+                importance=scheme.importance,
+            )
+            _export(record, exporter, job)
+    record.data["quantized"] = rows(packed_layers(model).items())

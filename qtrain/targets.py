@@ -163,7 +163,7 @@ class Scheme:
         chosen, kept = select(model, self.include, [*self.keep_float, *([] if mix else keep_float)])
         weight: Any = self.weight
         if mix is not None:
-            weight, why = mix.assign(model, chosen)
+            weight, why = mix.assign(model, chosen, bool(self.imatrix))
             self.fallbacks += why
         observer = {"kind": self.observer, "percentile": self.percentile}
         held: dict[str, Any] = {}

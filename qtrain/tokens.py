@@ -178,7 +178,7 @@ def _long_text(text: str, tokenizer: Any, limit: int | None, advance: Any) -> Id
                 kept.append(last.ids[first : seam[0]])
                 first = seam[1]
             last = piece
-            advance(min(PIECE, len(text) - start))
+            advance(PIECE if start != starts[-1] else len(text) - start)
         if limit is not None and sum(map(len, kept)) >= limit:
             return np.concatenate(kept)
     assert last is not None

@@ -8,8 +8,8 @@ layer's codes and scales are packed into the blocks of its ggml type (`qtrain/gr
     Modelfile          for `ollama create NAME -f Modelfile`: template, stop tokens and context, from the tokenizer's chat template
     imatrix.gguf       the importances that weighed the rounding, where they were measured, for llama-quantize's --imatrix
 
-Which tensor has which name and transformation is in `architectures.py`, the tokenizer in `tokenizers.py`, the file in `write.py`, the receipt
-in `proof.py`, and llama.cpp in `llama.py`. The receipt's runtime rounds the *inputs* of its products to 8 bits on the CPU, which
+Which tensor has which name and transformation is in `architectures.py`, the tokenizer in `tokenizers.py`, the file in `write.py`, the
+receipt in `proof.py`, and llama.cpp in `llama.py`. The receipt's runtime rounds the *inputs* of its products to 8 bits on the CPU, which
 PyTorch does not unless training had `grid@quantizer.activation=ggml_activation`; the tolerances are for that.
 """
 
@@ -42,6 +42,7 @@ class Gguf(Exporter):
     """llama.cpp / Ollama: GGUF with training's own codes, a Modelfile, and a receipt from llama.cpp."""
 
     tasks: ClassVar[tuple[str, ...]] = ("language", "embedding")
+    streams: ClassVar[bool] = True
 
     tolerances: Tolerances = field(default_factory=lambda: Tolerances(logits_nmse=1e-2, top1_agreement=0.95, metric=0.02))
     """How far llama.cpp may be from training."""
@@ -66,7 +67,9 @@ class Gguf(Exporter):
 
     def __post_init__(self) -> None:
         if self.float_type not in FLOAT_TYPES:
-            raise ValueError(f"export.gguf.float_type is {self.float_type!r}; valid: {', '.join(FLOAT_TYPES)}. Set export.gguf.float_type=f16")
+            raise ValueError(
+                f"export.gguf.float_type is {self.float_type!r}; valid: {', '.join(FLOAT_TYPES)}. Set export.gguf.float_type=f16"
+            )
         if self.name is not None and not re.fullmatch(r"[\w.+-]+", self.name):
             raise ValueError(f"export.gguf.name is {self.name!r}; it is part of a file's name. Set export.gguf.name=my-model, say")
         if self.strings < 0 or self.generate < 1:

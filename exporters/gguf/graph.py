@@ -156,8 +156,8 @@ class Architecture:
 def unsupported(name: str, option: str, given: Any, computes: str) -> ValueError:
     """The error for an option that a graph has built in otherwise."""
     return ValueError(
-        f"the config's {option} is {given}, and llama.cpp's {name} graph computes {computes} only; choose another model (model.path=FOLDER), "
-        "or export=[]"
+        f"the config's {option} is {given}, and llama.cpp's {name} graph computes {computes} only; "
+        "choose another model (model.path=FOLDER), or export=[]"
     )
 
 

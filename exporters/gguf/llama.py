@@ -90,7 +90,7 @@ class Llama(LlamaModel):
         _one_of("kv_type", kv_type, GGML_TYPES)
         _one_of("pooling", pooling, POOLING)
         super().__init__(path, vocab_only, **options)
-        self.embeddings = embeddings
+        self.embeddings, self._encoder = embeddings, False
         self.context = context or self._lib.llama_model_n_ctx_train(self._model)
         self.threads = threads or _usable_cores()
         if not vocab_only:

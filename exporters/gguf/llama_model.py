@@ -1,6 +1,7 @@
 """A GGUF file loaded by llama.cpp, before anything is computed: what it says about itself, and its tokenizer.
 
-This is llama.cpp's `llama_model`, without a `llama_context`; `Llama` adds that. With `vocab_only`, weights are not read, and a file needs none.
+This is llama.cpp's `llama_model`, without a `llama_context`, which `Llama` adds. With `vocab_only`, weights are not read, and a file needs
+none.
 """
 
 from __future__ import annotations
@@ -166,10 +167,11 @@ class LlamaModel:
     def _ids(self, tokens: Sequence[int]) -> Any:
         """An array of ids that exist."""
         self._loaded()
-        wrong = [token for token in tokens if not 0 <= token < self.n_vocab]
+        ids = [int(token) for token in tokens]
+        wrong = [token for token in ids if not 0 <= token < self.n_vocab]
         if wrong:
             raise ValueError(f"token {wrong[0]} is not in the vocabulary of {self.n_vocab} tokens of {self.path}")
-        return (c_int32 * len(tokens))(*tokens)
+        return (c_int32 * len(ids))(*ids)
 
 
 def _text(write: Callable[[Any, int], int]) -> str:

@@ -114,7 +114,7 @@ def pack(packed: Packed, rows: Tensor | None = None) -> Tensor:
 
 
 def _affine(q: QuantizedTensor, grid: Affine, key: str) -> Packed:
-    nearest = SYMMETRIC[grid.bits] if grid.symmetric else WITH_MIN.get(grid.bits, ("q4_1",))[0]
+    nearest = SYMMETRIC[grid.bits] if grid.symmetric else WITH_MIN.get(grid.bits, ("q8_0",))[0]
     other = f"the nearest is grid@{key}=ggml {key}.type={nearest}"
     columns = q.shape[-1]
     group = grid.group_size if grid.granularity == "group" and grid.group_size < columns else columns

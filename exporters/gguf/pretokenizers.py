@@ -17,7 +17,7 @@ and whether spaces before punctuation are dropped when tokens become text again.
 tokenizer's own settings; where llama.cpp has no name with the right `ignore_merges`, the vocabulary decides whether it matters.
 
 What no name can say: llama.cpp applies no Unicode normalization before byte-level BPE, so that a tokenizer with NFC cuts the same only for
-text in NFC; and some of its expressions are approximations (`Known.limits`).
+text in NFC; and some of its expressions are others than the tokenizer's (`Known.limits`, `cut_alike`).
 
 The source of each entry is the tokenizer.json of the model named beside it.
 """
@@ -56,14 +56,20 @@ def _gpt4(numbers: str, letters: str = r"\p{L}+", other: str = r"\p{L}\p{N}", st
     return rf"{start}{PREFIX}{letters}|{numbers}| ?[^\s{other}]+[\r\n]*|{END}"
 
 
-def _gpt4o(numbers: str, ends: str) -> str:
+def _gpt4o(numbers: str, ends: str, cased: tuple[str, str] = CASED) -> str:
     """The family that began with GPT-4o's: words are cut where lower case is followed by upper case."""
-    upper, lower = CASED
+    upper, lower = cased
     return rf"{PREFIX}{upper}*{lower}+{ends}|{PREFIX}{upper}+{lower}*{ends}|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{END}"
 
 
+def _ascii_cases(numbers: str, ends: str) -> str:
+    """What llama.cpp has in place of it."""
+    return _gpt4o(numbers, ends, (r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])"))
+
+
 LETTERS_AND_MARKS = r"[\p{L}\p{M}]+"
-CASES = "llama.cpp tells upper from lower case in ASCII only, and takes marks for no part of a word"
+CASES = "llama.cpp tells upper from lower case in ASCII only, and does not take marks for a part of a word"
+SPACES = "llama.cpp takes all spaces outside of ASCII for one control character"
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,11 @@ class Known:
     bytes_after: int | None = None
     """How many of the cuts come before the text becomes bytes; null is all of them."""
     limits: str = ""
-    """Where llama.cpp's expression is another one."""
+    """What llama.cpp does otherwise."""
+    own: tuple[str, ...] = ()
+    """Its expressions, where they are not `cuts`."""
+    spaces: bool = False
+    """Whether it replaces spaces outside of ASCII."""
 
 
 KNOWN = (
@@ -92,18 +102,28 @@ KNOWN = (
     ),
     Known("Qwen/Qwen2.5-0.5B, Qwen/Qwen3-0.6B", (_gpt4(r"\p{N}"),), {(False, False): "qwen2", (False, True): "stablelm2"}),
     Known("Qwen/Qwen3.5-4B", (_gpt4(r"\p{N}", LETTERS_AND_MARKS, r"\p{L}\p{M}\p{N}"),), {(False, False): "qwen35"}),
-    Known("mistralai/Mistral-Nemo-Base-2407", (_gpt4o(r"\p{N}", ""),), {(True, False): "tekken"}, limits=CASES),
-    Known("Xenova/gpt-4o, microsoft/Phi-4-mini", (_gpt4o(r"\p{N}{1,3}", CONTRACTIONS + "?"),), {(False, False): "gpt-4o"}, limits=CASES),
+    Known("mistralai/Mistral-Nemo-Base-2407", (_gpt4o(r"\p{N}", ""),), {(True, False): "tekken"}, limits=CASES, own=(_ascii_cases(r"\p{N}", ""),)),
+    Known(
+        "Xenova/gpt-4o, microsoft/Phi-4-mini-instruct",
+        (_gpt4o(r"\p{N}{1,3}", CONTRACTIONS + "?"),),
+        {(False, False): "gpt-4o"},
+        limits=CASES,
+        own=(_ascii_cases(r"\p{N}{1,3}", CONTRACTIONS + "?"),),
+    ),
     Known("deepseek-ai/DeepSeek-V3", (r"\p{N}{1,3}", CJK, DEEPSEEK), {(False, False): "deepseek-v3"}),
     Known(
         "deepseek-ai/deepseek-coder-6.7b-base",
         (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", ASIA, r"\p{N}"),
         {(False, False): "deepseek-coder"},
+        limits=SPACES,
+        spaces=True,
     ),
     Known(
         "deepseek-ai/deepseek-llm-7b-base",
         (r"[\r\n]", rf"\s?[{LATIN}]+", "\\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", ASIA, r"\p{N}"),
         {(False, False): "deepseek-llm"},
+        limits=SPACES,
+        spaces=True,
     ),
     Known(
         "tiiuae/falcon-7b",
@@ -174,13 +194,24 @@ def normalizers(parts: dict[str, Any]) -> list[dict[str, Any]]:
     return list(_flatten(parts.get("normalizer"), "normalizers"))
 
 
-def reference(entry: Known) -> dict[str, Any]:
-    """The entry's `pre_tokenizer`, as a tokenizer.json has it."""
+def named(name: str) -> Known | None:
+    """The entry that llama.cpp calls ``name``."""
+    return next((entry for entry in KNOWN if name in entry.names.values()), None)
+
+
+def cut_alike(entry: Known, text: str) -> bool:
+    """Whether llama.cpp's own expressions cut ``text`` as the entry does."""
+    theirs = "".join("\v" if c.isspace() and not c.isascii() else c for c in text) if entry.spaces else text
+    return _lengths(reference(entry), text) == _lengths(reference(entry, entry.own), theirs)
+
+
+def reference(entry: Known, own: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The entry's `pre_tokenizer`, as a tokenizer.json has it, or the same with llama.cpp's ``own`` expressions."""
     cuts: list[dict[str, Any]] = [
         {"type": "Punctuation", "behavior": "Contiguous"}
         if cut == "contiguous punctuation"
         else {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
-        for cut in entry.cuts
+        for cut in own or entry.cuts
     ]
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     at = len(cuts) if entry.bytes_after is None else entry.bytes_after
@@ -258,13 +289,23 @@ def _canonical_entry(entry: Known) -> list[list[str]]:
 @cache
 def _behaviour(pre_tokenizer: str) -> str:
     """Hash of the words that `probes()` is cut into."""
-    from tokenizers import Tokenizer
-
-    vocabulary = {"type": "BPE", "vocab": {}, "merges": []}
-    parts = {"version": "1.0", "added_tokens": [], **dict.fromkeys(_PARTS), "pre_tokenizer": json.loads(pre_tokenizer), "model": vocabulary}
-    cutter = Tokenizer.from_str(json.dumps(parts)).pre_tokenizer
+    cutter = _cutter(pre_tokenizer)
     words = [word for word, _ in cutter.pre_tokenize_str(probes())] if cutter is not None else [probes()]
     return hashlib.sha256("\0".join(words).encode()).hexdigest()
+
+
+@cache
+def _cutter(pre_tokenizer: str) -> Any:
+    from tokenizers import Tokenizer
+
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    parts = {"version": "1.0", "added_tokens": [], **dict.fromkeys(_PARTS), "pre_tokenizer": json.loads(pre_tokenizer), "model": model}
+    return Tokenizer.from_str(json.dumps(parts)).pre_tokenizer
+
+
+def _lengths(pre_tokenizer: dict[str, Any], text: str) -> list[int]:
+    """Characters of each piece of ``text``."""
+    return [end - start for _, (start, end) in _cutter(json.dumps(pre_tokenizer)).pre_tokenize_str(text)]
 
 
 def _every_three(kinds: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ not with the grids that made them, and undoes what `exporters.gguf.architectures
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf.gguf_writer import SHARD_NAME_FORMAT
 from torch import Tensor
 
 from exporters.gguf.architectures import by_name
@@ -64,6 +66,7 @@ def write(path: Path, metadata: list[Key], entries: list[Entry], split_bytes: in
                 data = entry.data()
                 assert data.nbytes == entry.nbytes, f"{entry.name} has {data.nbytes} bytes, not {entry.nbytes}"
                 writer.write_tensor_data(data)
+                del data  # before the next is made
                 advance(entry.nbytes)
     finally:
         writer.close()
@@ -95,18 +98,38 @@ def read_types(path: Path) -> dict[str, str]:
 
 def shards(path: Path) -> list[Path]:
     """The files of which ``path`` is the first."""
-    first = gguf.GGUFReader(path)
-    count = first.get_field("split.count")
-    return [path] if count is None else _shards(path, int(count.contents()))
+    return _shards(path, _Reader(path))
 
 
-def _shards(path: Path, count: int) -> list[Path]:
+def _shards(path: Path, first: Any) -> list[Path]:
+    field = first.get_field("split.count")
+    if field is None:
+        return [path]
+    count = int(field.contents())
     stem = path.stem.removesuffix(f"-00001-of-{count:05d}")
-    return [path.with_name(gguf.SHARD_NAME_FORMAT.format(stem, i + 1, count)) for i in range(count)]
+    return [path.with_name(SHARD_NAME_FORMAT.format(stem, i + 1, count)) for i in range(count)]
 
 
 def _readers(path: Path) -> list[Any]:
-    return [gguf.GGUFReader(p) for p in shards(Path(path))]
+    first = _Reader(path)
+    return [first, *(_Reader(p) for p in _shards(path, first)[1:])]
+
+
+class _Reader(gguf.GGUFReader):
+    """gguf's reader, which steps over arrays in the metadata: it takes seconds to make objects of a vocabulary's tokens and merges."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        data: Any = self.data
+        kind, count = struct.unpack_from("<IQ", data, orig_offs)
+        end = orig_offs + struct.calcsize("<IQ")
+        if kind == gguf.GGUFValueType.STRING:
+            for _ in range(count):
+                end += 8 + struct.unpack_from("<Q", data, end)[0]
+        else:
+            end += count * np.dtype(self.gguf_scalar_to_np[gguf.GGUFValueType(kind)]).itemsize
+        return end - orig_offs, [], [], [gguf.GGUFValueType.ARRAY]
 
 
 def _decode(tensor: Any) -> Tensor:

@@ -79,8 +79,8 @@ class TextCorpus:
     """Tokens of a sequence; null: 512, or what the model reads if that is less."""
     stride: int | None = None
     """Tokens between evaluation windows, each scored once, with at least context - stride before it; null: half the context."""
-    window_bos: bool = True
-    """Whether sequences that begin inside a document begin with BOS too, if documents do, as in llama.cpp; Hugging Face's recipe: false."""
+    window_bos: bool = False
+    """Whether sequences that begin inside a document begin with BOS too, where documents do, as in llama.cpp's perplexity."""
     mask_documents: bool = False
     """Whether the documents that share a training sequence are hidden from each other."""
     long_documents: str = "windows"
@@ -127,9 +127,7 @@ class TextCorpus:
         if self.streaming and self.limit is None:
             raise ValueError("data.streaming=true fetches as many rows as data.limit says, and it says nothing. Set data.limit=1000, say.")
         if self.name and self.train:
-            raise ValueError(
-                f"data.name={self.name} and data.train={self.train} are both given; train on one. Set data.train=null"
-            )
+            raise ValueError(f"data.name={self.name} and data.train={self.train} are both given; train on one. Set data.train=null")
 
     def build(self, processor: Any, seed: int) -> LanguageDataModule:
         """Read, split and tokenize.

@@ -1,6 +1,6 @@
 """Mixes: llama.cpp's named mixtures of types, as a grid per tensor. `q4_k_m` is a rule, not a format.
 
-A file that llama-quantize calls Q4_K_M holds Q4_K, Q6_K and float32 tensors, and Q5_0 and Q8_0 ones where a model's rows are too short.
+A file that llama-quantize calls Q4_K_M holds Q4_K, Q6_K and float32 tensors, and Q5_0 and Q8_0 ones where 256 does not divide its rows.
 Which tensor gets what is llama.cpp's rule (src/llama-quant.cpp: llama_tensor_get_type, tensor_type_fallback), restated here in four steps:
 
 1.  Left alone, in the file's float type: norms, biases, whatever has one dimension, position embeddings, token types, an experts' router.
@@ -30,7 +30,7 @@ llama_model_quantize itself, every mix on some sixty models, in tests/golden/mix
 
 Limits: the Falcon and DeepSeek branches of the rule, IQ types and MXFP4 are not here; models of ours never take them. Two deliberate
 differences: the type that `output` names counts for a tied embedding in a pure or a 16-bit mix too, where llama-quantize ignores it without
-a word; and an explicit type that a row cannot hold falls back as the rule's own do, where llama-quantize aborts.
+a word; and an explicit type that a row cannot hold falls back as the rule's own do, where llama-quantize fails.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ class Mix:
 
         Returns:
             module -> grid, without the modules that the rule leaves in float (BERT's position embeddings); and the fall-backs
-            [{"name", "why"}]: rows too short for their type, and modules that a GGUF file leaves out.
+            [{"name", "why"}], one for each tensor: rows that the block of their type does not divide, and what a GGUF file leaves out.
 
         Raises:
             ValueError: if the architecture, or a parameter, has no name in GGUF.
@@ -292,12 +292,17 @@ class Mix:
         from qtrain.grids.ggml import Ggml
 
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
-        names = gguf_names.tensor_names(model.config, shapes, gguf_names.tied(model))
+        facts = gguf_names.facts(getattr(model, "config", model))
+        heads = any(name.endswith("classifier.weight") for name in shapes)
+        names = gguf_names.tensor_names(model.config, shapes, gguf_names.tied(model), heads)
+        if facts.architecture == "nomic-bert":  # one tensor in llama.cpp's own files, and in ours where the types allow
+            names = {p: re.sub(r"attn_[qkv]\.", "attn_qkv.", tensor) for p, tensor in names.items()}
         tensors = {tensor: shapes[parameter] for parameter, tensor in names.items()}
         options = (self.output, self.embedding, self.pure)
-        types = tensor_types(self.mix, tensors.items(), gguf_names.facts(model.config), imatrix, *options)
+        types = tensor_types(self.mix, tensors.items(), facts, imatrix, *options)
         grids: dict[str, Ggml] = {}
         fallbacks: list[dict[str, str]] = []
+        reported = set()
         for module in modules:
             tensor = names.get(f"{module}.weight")
             if tensor is None:
@@ -306,7 +311,8 @@ class Mix:
             kind, why = types[tensor]
             if kind is not None:
                 grids[module] = Ggml(type=kind)
-            if why is not None:
+            if why is not None and tensor not in reported:
+                reported.add(tensor)
                 fallbacks.append({"name": module, "why": why})
         return grids, fallbacks
 

@@ -24,18 +24,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qtrain.lazy import lazy_import
-from qtrain.pretrained import Pretrained, missing, quiet
+from qtrain.pretrained import Pretrained, first_line, missing, quiet
 from qtrain.registry import register
-from qtrain.samples import announce, sample_language_model
+from qtrain.samples import sample_language_model
+from qtrain.wheels import announce
 
 if TYPE_CHECKING:
     import torch
     import transformers
     from torch import Tensor, nn
 
-    from qtrain import gguf_source
+    from qtrain import gguf_header, gguf_source
 else:
-    torch, transformers, gguf_source = lazy_import("torch"), lazy_import("transformers"), lazy_import("qtrain.gguf_source")
+    torch, transformers = lazy_import("torch"), lazy_import("transformers")
+    gguf_header, gguf_source = lazy_import("qtrain.gguf_header"), lazy_import("qtrain.gguf_source")
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +91,9 @@ class CausalLm(Pretrained):
         if self._header is not None:
             gguf_source.check_complete(model, self._header)
         _require_finite(model, source)
-        config = model.config.get_text_config()
-        config.tie_word_embeddings = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        config.use_cache = False
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = _tied(model)
+            config.use_cache = False
         return model.eval()
 
     def sample(self) -> Path:
@@ -120,23 +122,32 @@ class CausalLm(Pretrained):
         head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
         if head is None:
             raise ValueError(f"{type(model).__name__} has no output head. Name what stays in float: model.keep_float=[NAME]")
-        kept = [head, embedding] if head.weight is embedding.weight else [head]
+        kept = [head, embedding] if _tied(model) else [head]
         return [name for name, module in model.named_modules() if any(module is m for m in kept)]
 
     def save(self, folder: Path) -> None:
-        """Write the model and its tokenizer as a transformers folder."""
+        """Write the model and its tokenizer as a transformers folder.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         model: Any = self.build()
-        with quiet():
-            self.tokenizer().save_pretrained(folder)
-            model.config.use_cache = True
-            model.save_pretrained(folder)
+        model.config.get_text_config().use_cache = True
+        try:
+            with quiet():
+                self.tokenizer().save_pretrained(folder)
+                model.save_pretrained(folder)
+        except Exception as e:
+            if type(e).__name__ != "SafetensorError":
+                raise
+            raise OSError(f"{folder} cannot be written: {first_line(e)}. Free some disk space") from e
 
     def _source(self) -> str:
         """A folder or a hub id; a GGUF file's folder, whose name is then among the options."""
         path = Path(self.path or "").expanduser()
         if self.path is not None and path.is_file() and path.suffix == ".gguf":
             if self._header is None:
-                self._header = gguf_source.read_header(path)
+                self._header = gguf_header.read_header(path)
             return str(path.parent)
         if self.path is not None and path.is_dir() and not (path / "config.json").is_file():
             files = sorted(path.glob("*.gguf"))
@@ -205,6 +216,12 @@ class CausalLm(Pretrained):
                 f"the weights of {source} do not fit its config: {len(lost)} parameters are missing or have another shape, the first is "
                 f"{lost[0]}. Set model.path=/a/folder to a model whose weights are complete"
             )
+
+
+def _tied(model: Any) -> bool:
+    """Whether the output head and the embedding are one tensor."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    return getattr(head, "weight", None) is not None and head.weight is embedding.weight
 
 
 def _require_finite(model: nn.Module, source: str) -> None:

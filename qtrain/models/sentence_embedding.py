@@ -69,8 +69,8 @@ class SentenceEmbedding(Pretrained):
         lost = [name for name in missing(report) if not name.startswith("pooler.")]
         if lost:
             raise ValueError(
-                f"the weights of {source} do not fit its config.json: {len(lost)} parameters are missing or have another shape, the first is "
-                f"{lost[0]}. Set model.path=/a/folder to a model whose weights are complete"
+                f"the weights of {source} do not fit its config.json: {len(lost)} parameters are missing or have another shape, the first "
+                f"is {lost[0]}. Set model.path=/a/folder to a model whose weights are complete"
             )
         self.blocks(model)
         model.pooling = pooling
@@ -101,12 +101,16 @@ class SentenceEmbedding(Pretrained):
         modules = json.loads((folder / "modules.json").read_text()) if (folder / "modules.json").is_file() else []
         dense = [m["type"] for m in modules if m["type"].rsplit(".", 1)[-1] not in ("Transformer", "Pooling", "Normalize")]
         if dense:
-            raise ValueError(f"{source} has a layer behind its pooling ({dense[0]}), which an encoder's file does not hold. Set model.path to another")
+            raise ValueError(
+                f"{source} has a layer behind its pooling ({dense[0]}), which an encoder's file does not hold. Set model.path to another"
+            )
         file = folder / "1_Pooling" / "config.json"
         if not file.is_file():
             return "mean"
         config = json.loads(file.read_text())
         chosen = [mode for mode, on in config.items() if mode.startswith("pooling_mode_") and on]
         if len(chosen) != 1 or chosen[0] not in _MODES:
-            raise ValueError(f"{source} pools by {', '.join(chosen) or 'nothing'}; valid: mean, cls. Set model.pooling=mean, or model.path to another")
+            raise ValueError(
+                f"{source} pools by {', '.join(chosen) or 'nothing'}; valid: mean, cls. Set model.pooling=mean, or model.path to another"
+            )
         return _MODES[chosen[0]]

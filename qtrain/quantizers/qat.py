@@ -25,30 +25,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qtrain.fit import Fit
+from qtrain.fit import Distill, Fit
 from qtrain.registry import register
 from qtrain.targets import Scheme
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-@dataclass
-class Distill:
-    """Distillation from the float model."""
-
-    weight: float = 0.0
-    """Share of the distillation loss, 0 (off) to 1 (nothing else)."""
-    temperature: float = 2.0
-    """Softens both distributions; above 0."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1 or self.temperature <= 0:
-            raise ValueError(
-                f"distill.weight is {self.weight} and distill.temperature {self.temperature}; "
-                "the weight is from 0 to 1, the temperature above 0. "
-                "Set quantizer.distill.weight=0.5 quantizer.distill.temperature=2, say."
-            )
 
 
 @register("quantizer", "qat")

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qtrain.fit import Fit
+from qtrain.fit import Distill, Fit
 from qtrain.lazy import lazy_import
 from qtrain.registry import register
 from qtrain.targets import Scheme, select
@@ -33,6 +33,8 @@ class TorchaoQat(Scheme):
 
     fit: Fit = field(default_factory=Fit)
     """How it trains."""
+    distill: Distill = field(default_factory=Distill)
+    """Distillation from the float model."""
 
     trains: ClassVar[bool] = True
 

@@ -24,11 +24,11 @@ def llama_vocabulary() -> list[str]:
 
 
 def small_llama(layers: int = 2, heads: int = 4, seed: int = 0) -> LlamaForCausalLM:
-    """64 wide, 2 key heads, 260 tokens; large enough weights that the logits differ."""
+    """128 wide, heads of 32, 2 key heads, 260 tokens; large enough weights that the logits differ."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(llama_vocabulary()),
-        hidden_size=64,
+        hidden_size=128,
         intermediate_size=96,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -93,7 +93,7 @@ def write_llama(path: Path, model: LlamaForCausalLM, split: int = 0, **changed: 
     writer.add_token_list(words)
     writer.add_token_types([3 if word.startswith("<|") else 1 for word in words])
     writer.add_token_merges(["h e"])
-    writer.add_eos_token_id(words.index(END))
+    writer.add_eos_token_id(changed.get("eos_token_id", words.index(END)))
     writer.add_bos_token_id(words.index(END))
     for name, value in model.state_dict().items():
         writer.add_tensor(_llama_name(name), _llama_value(name, value, config).numpy().astype(np.float32))

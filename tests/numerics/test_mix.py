@@ -241,10 +241,13 @@ def test_facts_of_a_configuration() -> None:
 
 
 def test_an_unknown_architecture_or_head_names_itself_and_ours() -> None:
+    import torch
     from transformers import OPTConfig
 
-    with pytest.raises(ValueError, match=r"architecture 'opt' .*ours are bert, gemma2, .*qwen3.*model.path="):
+    with pytest.raises(ValueError, match=r"models of type 'opt' .*ours are bert, gemma2, .*qwen3.*model.path="):
         architecture(OPTConfig())
+    with pytest.raises(ValueError, match=r"models of type 'Linear' "):
+        registry.get("grid", "q4_k_m")().assign(torch.nn.Linear(2, 2), {})
     with pytest.raises(ValueError, match=r"2 parameters have no tensor in a GGUF file of architecture bert, the first classifier\.weight"):
         named(model_of("bert", head="classifier"))
 
@@ -271,7 +274,8 @@ def test_assign_gives_each_module_the_grid_of_its_tensor_and_reports_fallbacks(t
     assert grids["model.layers.1.mlp.down_proj"].type == "q6_k"  # the last of two layers; 512 wide
     assert grids["model.layers.1.self_attn.q_proj"].type == "q5_0"
     whys = {row["name"]: row["why"] for row in fallbacks}
-    assert set(whys) == {name for name in modules if "down_proj" not in name}
+    assert set(whys) == {name for name in modules if "down_proj" not in name} - ({"lm_head"} if tie else set())
+    assert len(whys) == len(fallbacks), "one for each tensor"
     assert whys["model.layers.0.self_attn.q_proj"] == "q5_0 instead of q4_k: 256 does not divide its rows of 576 values, 64 does"
 
 
@@ -303,3 +307,19 @@ def test_what_the_rule_or_the_file_leaves_out_stays_in_float() -> None:
     assert set(modules) - set(grids) == {"embeddings.position_embeddings", "embeddings.token_type_embeddings", "pooler.dense"}
     assert [row["name"] for row in fallbacks] == ["pooler.dense"] and "left in float" in fallbacks[0]["why"]
     assert {grid.type for grid in grids.values()} == {"q8_0"}
+
+
+def test_a_classifier_is_part_of_a_bert_file() -> None:
+    model = model_of("bert", head="classifier")
+    grids, fallbacks = registry.get("grid", "q8_0")().assign(model, swappable(model))
+    assert grids["classifier"].type == grids["bert.pooler.dense"].type == "q8_0" and not fallbacks
+
+
+def test_q_k_and_v_of_nomic_bert_are_one_tensor_to_the_rule() -> None:
+    model = model_of("nomic_bert", hidden_size=768, num_attention_heads=12, num_hidden_layers=12)
+    grids, _ = registry.get("grid", "q4_k_m")().assign(model, swappable(model))
+    theirs = written_by_llama_cpp(GOLDEN["nomic-bert 12x768/3072 12:12 fused"], "q4_k_m")
+    for i in range(12):
+        types = {grids[f"layers.{i}.self_attn.{name}_proj"].type for name in "qkv"}
+        assert types == {theirs[f"blk.{i}.attn_qkv.weight"]}
+        assert grids[f"layers.{i}.mlp.up_proj"].type == theirs[f"blk.{i}.ffn_up.weight"]

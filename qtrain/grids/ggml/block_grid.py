@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import TYPE_CHECKING
 
 from qtrain.grids.base import Grid, Params, QuantizedTensor, require_finite
@@ -82,7 +82,7 @@ class BlockGrid(Grid):
         used = []
         for rows in self._pieces(x):
             piece = x[rows].float()
-            if not bool(piece.sum().isfinite()):  # a sum costs a sixtieth of isfinite().all(); it may overflow, so ask again
+            if not isfinite(float(piece.sum())):  # a sum costs a sixtieth of isfinite().all(); it may overflow, so ask again
                 require_finite(w, "the tensor to quantize")
             codes[rows], stored = self.block_type.encode(piece, self._some(params, rows), weights)
             self._refuse_overflow(codes[rows], stored)
@@ -181,7 +181,7 @@ class BlockGrid(Grid):
 
     def _refuse_overflow(self, codes: Tensor, params: Params) -> None:
         numbers = [p for p in params.values() if p.is_floating_point()] or [self.block_type.decode(codes, params)]
-        if any(not bool(n.sum().isfinite()) and not bool(n.isfinite().all()) for n in numbers):
+        if any(not isfinite(float(n.sum())) and not bool(n.isfinite().all()) for n in numbers):
             what, remedy = ("scale", "") if params else ("value", ", or set type=bf16, which has float32's range")
             raise ValueError(
                 f"a {what} overflows the 16-bit float in which {self.describe()} stores it; "
