@@ -68,7 +68,7 @@ class FakeQuantSchedule(Callback):
                 layer.freeze_batch_norm()
 
     def _search(self, module: LightningModule) -> None:
-        layers = [(n, layer) for n, layer in fake_layers(module) if layer.weight_fake.grid.searches]
+        layers = [(n, layer) for n, layer in fake_layers(module) if layer.weight_fake.searches]
         for _, layer in layers:
             layer.weight_fake.frozen = None
         choose_once(module, "")

@@ -66,6 +66,13 @@ class _Reader:
         self.at += struct.calcsize(code)
         return value
 
+    def count(self, width: int) -> int:
+        """How many values of at least ``width`` bytes follow; a damaged count would be waited for."""
+        found = int(self.number("<Q"))
+        if found * width > len(self.data) - self.at:
+            raise struct.error(f"{found} values reach past the end")
+        return found
+
     def text(self) -> str:
         size = self.number("<Q")
         self.at += size
@@ -78,13 +85,18 @@ class _Reader:
             return self.text()
         if kind != _ARRAY:
             return self.number(_SCALARS[kind])
-        kind, count = self.number("<I"), self.number("<Q")
+        kind = self.number("<I")
         if kind == _STRING:
+            count = self.count(8)
             for _ in range(count):
                 size = self.number("<Q")
                 self.at += size
             return count
-        return [self.number(_SCALARS[kind]) for _ in range(count)]
+        code = _SCALARS[kind]
+        width = struct.calcsize(code)
+        count = self.count(width)
+        self.at += count * width
+        return list(struct.unpack_from(f"<{count}{code[1]}", self.data, self.at - count * width))
 
 
 def read_header(path: Path) -> Header:
@@ -99,7 +111,7 @@ def read_header(path: Path) -> Header:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 header = _parse(path, _Reader(data))
-            except (struct.error, KeyError, UnicodeDecodeError, OverflowError) as e:
+            except (struct.error, KeyError, TypeError, UnicodeDecodeError, ArithmeticError) as e:
                 raise ValueError(
                     f"the header of {path} is damaged ({type(e).__name__}: {e}): the file is cut short ({len(data):,} bytes) or not a GGUF "
                     f"file. Copy it again. {REMEDY}"
@@ -110,10 +122,10 @@ def read_header(path: Path) -> Header:
 
 def _parse(path: Path, reader: _Reader) -> Header:
     reader.at = 4
-    version, tensors, pairs = reader.number("<I"), reader.number("<Q"), reader.number("<Q")
+    version = reader.number("<I")
     if version not in (2, 3):
         raise ValueError(f"{path} is GGUF of version {version} (or big-endian); versions 2 and 3 can be read. {REMEDY}")
-    metadata = {}
+    tensors, pairs, metadata = reader.count(24), reader.count(13), {}
     for _ in range(pairs):
         key, kind = reader.text(), reader.number("<I")
         metadata[key] = reader.value(kind)
@@ -121,6 +133,8 @@ def _parse(path: Path, reader: _Reader) -> Header:
     infos = []
     for _ in range(tensors):
         name, dimensions = reader.text(), reader.number("<I")
+        if dimensions > 4:
+            raise struct.error(f"tensor {name} has {dimensions} dimensions")
         shape = tuple(reader.number("<Q") for _ in range(dimensions))[::-1]
         infos.append(TensorInfo(name, shape, reader.number("<I"), reader.number("<Q")))
     alignment = metadata.get("general.alignment", 32)
@@ -129,9 +143,10 @@ def _parse(path: Path, reader: _Reader) -> Header:
 
 def _check(header: Header) -> None:
     sizes, path = import_gguf().GGML_QUANT_SIZES, header.path
-    if header.metadata.get("split.count", 1) > 1:
+    parts = header.metadata.get("split.count", 1)
+    if parts not in (0, 1):
         raise ValueError(
-            f"{path} is one of {header.metadata['split.count']} parts; a model is read from a single file. "
+            f"{path} is one of {parts} parts; a model is read from a single file. "
             f"Merge them first (llama-gguf-split --merge {path.name} whole.gguf). {REMEDY}"
         )
     unreadable = {t.name: _type_name(t.type) for t in header.tensors if not _readable(t.type)}

@@ -19,6 +19,7 @@ Shapes: B sequences, T tokens, S scored positions, H width, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qtrain.console import progress
 from qtrain.evaluate import Batch
+from qtrain.layers import FakeLinear, QuantizedLinear
 from qtrain.tasks import Task
 
 CHUNK = 1 << 25
@@ -42,10 +44,32 @@ class Head:
     """From hidden states to logits, as the model does it."""
 
     def __init__(self, model: Any) -> None:
-        self.module = model.get_output_embeddings()
+        self.module: Any = model.get_output_embeddings()
+        self.vocabulary = next(t.shape[0] for t in [*self.module.parameters(), *self.module.buffers()] if t.ndim == 2)
         config = model.config.get_text_config()
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)  # Cohere, Granite
+
+    def fixed(self) -> Head:
+        """The same head with its weight rounded or decoded once, not for every chunk; computes the same to the bit."""
+        module: Any = self.module
+        if isinstance(module, FakeLinear) and module.quantize_now():
+            weight, bias = module.on_grid(module.weight, module.bias)
+        elif isinstance(module, QuantizedLinear):
+            weight, bias = module.quantized.decode(), module.bias
+        else:
+            return self
+        twin = copy.copy(self)
+
+        def linear(x: Tensor) -> Tensor:
+            if module.inverse_smoothing is not None:
+                x = x * module.inverse_smoothing
+            if module.activation_fake is not None:
+                x = module.activation_fake(x)
+            return F.linear(x, weight.to(x.dtype), bias)
+
+        twin.module = linear
+        return twin
 
     def __call__(self, states_SH: Tensor) -> Tensor:
         """Logits, float32 [S, V]."""
@@ -94,8 +118,7 @@ class LanguageOutputs:
 
 def rows_at_once(head: Head) -> int:
     """Positions whose logits fit into `CHUNK` values."""
-    vocabulary = next(t.shape[0] for t in [*head.module.parameters(), *head.module.buffers()] if t.ndim == 2)
-    return max(1, CHUNK // vocabulary)
+    return max(1, CHUNK // head.vocabulary)
 
 
 @dataclass
@@ -269,7 +292,7 @@ class Language(Task):
             some, following = scored(hidden(model, {n: v.to(device) for n, v in inputs.items()}), labels.to(device))
             states.append(some.cpu())
             targets.append(following.cpu())
-        return LanguageOutputs(torch.cat(states), torch.cat(targets), Head(model), device)
+        return LanguageOutputs(torch.cat(states), torch.cat(targets), Head(model).fixed(), device)
 
     def measure(self, outputs: LanguageOutputs, batches: list[Batch], reference: LanguageOutputs | None = None) -> dict[str, float]:
         """Perplexity and loss; agreement and KL to the float model."""

@@ -51,6 +51,11 @@ class FakeWeight(nn.Module):
         self.importance: Tensor | None = None
         """Mean squared activation of each input channel, float32 [I]: weighs errors where the grid searches its scales."""
 
+    @property
+    def searches(self) -> bool:
+        """Whether scales come from a search, not from a rule that costs next to nothing."""
+        return self.scale is None and (self.grid.searches or self.importance is not None)
+
     def learn_scale(self, w: Tensor) -> None:
         """Turn the scales into parameters, initialised by the grid's rule.
 

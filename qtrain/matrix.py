@@ -16,6 +16,8 @@ from qtrain import registry
 from qtrain.activations import FakeActivation, QuantizedActivation
 from qtrain.grids.affine import Affine, Int8, Int8Activation
 from qtrain.grids.base import Grid
+from qtrain.grids.ggml import TYPES, Ggml
+from qtrain.grids.ggml.activation import GgmlActivation
 from qtrain.layers import Geometry, QuantizedConv, QuantizedEmbedding, QuantizedLinear
 
 START, END = "<!-- support matrix: python -m qtrain.matrix README.md -->", "<!-- end of support matrix -->"
@@ -44,6 +46,10 @@ CASES: list[tuple[str, str, Grid, Grid | None, bool]] = [
             (8, "dynamic", "minmax_onnx", False),
         )
     ],
+    *[(f"ggml's {kind.upper()}", "linear", Ggml(type=kind), None, False) for kind in TYPES],
+    ("ggml's Q4_0 + the 8-bit inputs of llama.cpp's kernels", "linear", Ggml(type="q4_0"), GgmlActivation(), False),
+    ("INT4 weights, group 32, float16 scales", "linear", Affine(rule="signed_absmax", scale_dtype="float16"), None, False),
+    ("ggml's Q6_K embeddings", "embedding", Ggml(type="q6_k"), None, False),
     ("INT8 embedding rows", "embedding", Affine(bits=8, granularity="channel"), None, False),
     ("INT4 embeddings, group 64", "embedding", Affine(rule="signed_absmax", group_size=64), None, False),
 ]
@@ -51,8 +57,8 @@ CASES: list[tuple[str, str, Grid, Grid | None, bool]] = [
 
 
 def layer(kind: str, weight: Grid, activation: Grid | None, static: bool) -> nn.Module:
-    """A model of one converted layer, 384 wide (a convolution: 384 channels, 1 x 1)."""
-    q = weight.encode(torch.linspace(-1, 1, 384 * 32).reshape(32, 384, *([1, 1] if kind == "conv" else [])))
+    """A model of one converted layer, 768 wide (a convolution: 768 channels, 1 x 1)."""
+    q = weight.encode(torch.linspace(-1, 1, 768 * 32).reshape(32, 768, *([1, 1] if kind == "conv" else [])))
     if kind == "embedding":
         return nn.Sequential(QuantizedEmbedding(q))
     reads: FakeActivation | QuantizedActivation | None = None

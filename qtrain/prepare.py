@@ -147,12 +147,12 @@ def _swapped(module: nn.Module, grid: Grid, fake: FakeActivation | None, batch_n
 
 
 def choose_once(model: nn.Module, what: str = "searching scales") -> None:
-    """Search the scales of every layer whose grid searches them, and keep them: a search takes seconds, using what it found does not.
+    """Search the scales of every layer whose grid, or importance, wants a search, and keep them: that takes seconds, using them does not.
 
     Args:
         what: shown beside the progress bar; empty for none.
     """
-    searched = [layer for _, layer in fake_layers(model) if layer.weight_fake.grid.searches and layer.weight_fake.frozen is None]
+    searched = [layer for _, layer in fake_layers(model) if layer.weight_fake.searches and layer.weight_fake.frozen is None]
     found: dict[Any, Any] = {}
     for layer in progress(searched, what):
         fake = layer.weight_fake

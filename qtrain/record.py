@@ -60,10 +60,13 @@ class Record:
             self.data["timing_s"][name] = round(self.data["timing_s"].get(name, 0.0) + time.monotonic() - started, 3)
         self.write()
 
-    def fallback(self, name: str, why: str) -> None:
-        """Count and print something that went another way than asked (law 4)."""
-        self.data["fallbacks"].append({"name": name, "why": why})
-        console.print(f"[yellow]fallback[/] {name}: {why}")
+    def fallbacks(self, found: list[dict[str, str]]) -> None:
+        """Count and print what went another way than asked (law 4): [{"name", "why"}]; those of one reason on one line."""
+        self.data["fallbacks"] += found
+        for why in dict.fromkeys(f["why"] for f in found):
+            names = [f["name"] for f in found if f["why"] == why]
+            shown = names[0] if len(names) == 1 else f"{len(names)} tensors, {names[0]} to {names[-1]}"
+            console.print(f"[yellow]fallback[/] {shown}: {why}")
 
     def note(self, text: str) -> None:
         """Something the user should know; no fallback."""

@@ -36,7 +36,7 @@ def columns(run: dict[str, Any]) -> list[dict[str, Any]]:
         receipt = entry["receipt"]
         runtime = {name: pair["runtime"] for name, pair in receipt["metric"].items()}
         latency = receipt.get("latency_ms") or {}
-        title = f"deployed ({entry['runtime']})"
+        title = f"deployed ({entry['runtime'].split(' (')[0]})"
         found.append({"title": title, **runtime, "bytes": entry["bytes"], "latency_ms": latency.get("quantized", {})})
         speed = receipt.get("tokens_per_s") or {}
         found[-1]["tokens_per_s"] = speed.get("quantized", {})

@@ -134,10 +134,9 @@ def quantize(setup: Setup, float_model: nn.Module) -> nn.Module:
 
 def record_fallbacks(setup: Setup) -> None:
     """What the quantizer could not do as asked, since it was last asked."""
-    fallbacks = setup.config.quantizer.fallbacks
-    while fallbacks:
-        fallback = fallbacks.pop(0)
-        setup.record.fallback(fallback["name"], fallback["why"])
+    scheme = setup.config.quantizer
+    setup.record.fallbacks(scheme.fallbacks)
+    scheme.fallbacks = []
 
 
 def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: Any = (), teacher: nn.Module | None = None) -> None:
@@ -248,8 +247,7 @@ def _export(record: Record, exporter: Any, job: ExportJob) -> None:
     except ReceiptFailed as failure:
         record.data["exports"].append(failure.entry)
         raise
-    for fallback in entry["receipt"].get("fallbacks", []):
-        record.fallback(fallback["name"], fallback["why"])
+    record.fallbacks(entry["receipt"].get("fallbacks", []))
     record.data["exports"].append(entry)
 
 
@@ -282,9 +280,7 @@ def stream(config: Any, record: Record, folder: Path) -> None:
         if scheme.imatrix:
             scheme.importance = weigh(model, [], scheme.imatrix)
         model = streamed(model, weights)
-        while scheme.fallbacks:
-            fallback = scheme.fallbacks.pop(0)
-            record.fallback(fallback["name"], fallback["why"])
+        record.fallbacks(scheme.fallbacks)
     for name, exporter in exporters.items():
         with record.stage(f"export {name}"):
             exporter.preflight(model, "language", processor)

@@ -171,8 +171,8 @@ def _sweep(root: Path) -> None:
 
 def _unwritable(sample: Sample, root: Path, error: OSError) -> OSError:
     return OSError(
-        f"the cache folder {root} cannot be written ({error.strerror or error}); the {sample.what} needs a "
-        f"folder with {(sample.wheel_bytes * 3 + sample.derived_bytes) // _MB} MB free. Set the environment variable QTRAIN_CACHE=/a/folder, "
+        f"the cache folder {root} cannot be written ({error.strerror or error}); the {sample.what} needs "
+        f"{(sample.wheel_bytes * 3 + sample.derived_bytes) // _MB} MB there. Set the environment variable QTRAIN_CACHE=/a/folder, "
         f"or use local files: {sample.override}"
     )
 

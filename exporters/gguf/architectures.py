@@ -120,7 +120,7 @@ ARCHITECTURES = (
     ),
     Architecture(
         "bert",
-        {"hidden_act": GELU, "is_decoder": (False,), "position_embedding_type": ("absolute",)},
+        {"hidden_act": GELU + GELU_TANH, "is_decoder": (False,), "position_embedding_type": ("absolute",)},
         biases=frozenset({*ATTENTION, "attn_output", "ffn_up", "ffn_down", "cls", "cls.output"}),
         encoder=True,
     ),

@@ -5,10 +5,10 @@ that they can be told from mistakes of ours; they are counted and named, not lef
 
     byte-level BPE    a tokenizer that normalizes to NFC, and a text that is not in NFC
                       expressions that llama.cpp approximates (`pretokenizers.Known.limits`)
-    SentencePiece     transformers' LlamaTokenizer (version 5, without legacy=True) puts no space before a text that begins with one, and none
-                      after a special token; SentencePiece and llama.cpp do
-    WordPiece         when accents are stripped: Hangul is not decomposed, and spacing and enclosing marks are dropped too; vertical tab, form
-                      feed and U+0085 are spaces; words of more than 100 characters are not unknown
+    SentencePiece     transformers' LlamaTokenizer (version 5, without legacy=True) puts no space before a text that begins with one, and
+                      none after a special token; SentencePiece and llama.cpp do
+    WordPiece         when accents are stripped: Hangul is not decomposed, and spacing and enclosing marks are dropped too; vertical tab,
+                      form feed and U+0085 are spaces; words of more than 100 characters are not unknown
     added tokens      those that take spaces beside them along (lstrip, rstrip), or must stand alone (single_word)
 """
 

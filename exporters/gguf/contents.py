@@ -86,6 +86,8 @@ class Entry:
 def entries(model: nn.Module, float_type: str = "f16", pooling: str | None = None) -> list[Entry]:
     """What the file of a transformers model, converted or in float, will hold.
 
+    It costs little, since no bytes are made: a full check, too, of a trial model whose weights have one row each.
+
     Args:
         float_type: of matrices without codes: f32, f16 or bf16.
         pooling: of encoders; see `Architecture.keys`.
@@ -236,8 +238,7 @@ def _entry(name: str, parameter: str, weight: Any, transform: Transform, float_t
     except Refused as why:
         raise Refused(f"{module}: {why}") from None
     shape = packed.q.shape
-    rows = transform.rows(shape[0])
-    return Entry(name, shape, packed.type, lambda: pack(packed, rows).numpy(), ((module, 0, shape[0]),))
+    return Entry(name, shape, packed.type, lambda: pack(packed, transform.rows(shape[0])).numpy(), ((module, 0, shape[0]),))
 
 
 def _floats(weight: Tensor, transform: Transform, kind: str, parameter: str) -> NDArray[Any]:

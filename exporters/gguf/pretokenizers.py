@@ -7,9 +7,9 @@ gives other tokens without any error, so a name is written only when it is known
     1  normalizer, pre_tokenizer and the model's merge options are read from tokenizer.json and written in one canonical form: sequences
        flattened, options that change nothing left out, shorthands (Digits, ByteLevel's own expression) spelt out
     2  equal to an entry of `KNOWN`: that entry
-    3  otherwise its behaviour decides. Both cut `probes()`: some 100,000 characters in which every three of 45 kinds of character follow each
-       other (letters of six categories and seven scripts, digits, marks, punctuation, symbols, spaces, control characters), with long
-       runs and contractions in every case. An entry that cuts it the same is the same pre-tokenizer, whatever its expression looks like
+    3  otherwise its behaviour decides. Both cut `probes()`: some 100,000 characters in which every three of 50 kinds of character follow
+       each other (letters of six categories and seven scripts, digits, marks, punctuation, symbols, spaces, control characters), with
+       long runs and contractions in every case. An entry that cuts it the same is the same pre-tokenizer, whatever its expression looks like
     4  otherwise a ValueError with the hash of the canonical form
 
 llama.cpp derives two more settings from the name: whether a word that is a token as a whole is taken without merging (`ignore_merges`),
@@ -38,9 +38,8 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 PREFIX, END = r"[^\r\n\p{L}\p{N}]?", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-DEEPSEEK = (
-    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + END
-).replace(r"\"", '"')
+ASCII_PUNCTUATION = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
+DEEPSEEK = ASCII_PUNCTUATION + r"[A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|" + END
 CJK = "[一-龥぀-ゟ゠-ヿ]+"
 LATIN = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ"
@@ -102,7 +101,13 @@ KNOWN = (
     ),
     Known("Qwen/Qwen2.5-0.5B, Qwen/Qwen3-0.6B", (_gpt4(r"\p{N}"),), {(False, False): "qwen2", (False, True): "stablelm2"}),
     Known("Qwen/Qwen3.5-4B", (_gpt4(r"\p{N}", LETTERS_AND_MARKS, r"\p{L}\p{M}\p{N}"),), {(False, False): "qwen35"}),
-    Known("mistralai/Mistral-Nemo-Base-2407", (_gpt4o(r"\p{N}", ""),), {(True, False): "tekken"}, limits=CASES, own=(_ascii_cases(r"\p{N}", ""),)),
+    Known(
+        "mistralai/Mistral-Nemo-Base-2407",
+        (_gpt4o(r"\p{N}", ""),),
+        {(True, False): "tekken"},
+        limits=CASES,
+        own=(_ascii_cases(r"\p{N}", ""),),
+    ),
     Known(
         "Xenova/gpt-4o, microsoft/Phi-4-mini-instruct",
         (_gpt4o(r"\p{N}{1,3}", CONTRACTIONS + "?"),),
@@ -161,10 +166,9 @@ def recognise(parts: dict[str, Any], clean_up: bool = False) -> str:
     if not names and merging_is_the_same(parts):
         names = entry.names
     if not names:
-        can = ", ".join(f"{name} ({'without' if key[0] else 'with'} merging whole words)" for key, name in entry.names.items())
         raise ValueError(
-            f"this tokenizer cuts text as {entry.model} does, but has ignore_merges={str(ignore).lower()}, which changes its tokens and for "
-            f"which llama.cpp has no name; the nearest is {can}: set {OVERRIDE} if its tokens may differ"
+            f"this tokenizer cuts text as {entry.model} does, but with ignore_merges={str(ignore).lower()}, which changes its tokens and for "
+            f"which llama.cpp has no name; the nearest is {' or '.join(entry.names.values())}: set {OVERRIDE} if tokens may differ"
         )
     return next((name for key, name in names.items() if key[1] == clean_up), next(iter(names.values())))
 
@@ -221,10 +225,10 @@ def reference(entry: Known, own: tuple[str, ...] = ()) -> dict[str, Any]:
 @cache
 def probes() -> str:
     """The text on which behaviours are compared."""
-    kinds = "azAZàÀǅʰ一あカ가กअאعж" "\u0301\u093e\u0e31" "17٣Ⅷ½" "'\".-(_/「。！" "$+<^`|€😀" "\u200d\ufe0f\x07" " \n\r\t\u00a0\u3000\u0085"
+    kinds = "azAZàÀǅʰ一あカ가กअאعж\u0301\u093e\u0e3117٣Ⅷ½'\".-(_/「。！$+<^`|€😀\u200d\ufe0f\x07 \n\r\t\u00a0\u3000\u0085"
     runs = "".join(f"a{kind * count}b {kind * count}\n{kind * count}" for kind in kinds for count in (*range(1, 10), 16))
     words = ["s", "t", "re", "ve", "m", "ll", "d", "S", "T", "RE", "Ve", "M", "lL", "D", "x", "é", "ſ"]
-    short = "".join(f"{before}'{word}{after}" for word in words for before in ("a", "A", "1", " ", "'", "é") for after in ("", " ", "s", "1", "'"))
+    short = "".join(f"{a}'{word}{b}" for word in words for a in ("a", "A", "1", " ", "'", "é") for b in ("", " ", "s", "1", "'"))
     return runs + short + "".join(_every_three(kinds))
 
 
@@ -272,9 +276,7 @@ def _step(part: dict[str, Any]) -> Iterator[list[str]]:
 
 def _regex(expression: str) -> str:
     """The same expression in one spelling."""
-    for text, plain in (("\r", r"\r"), ("\n", r"\n"), ("{1}", ""), ("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", CONTRACTIONS)):
-        expression = expression.replace(text, plain)
-    return expression
+    return expression.replace("\r", r"\r").replace("\n", r"\n").replace("{1}", "")
 
 
 @cache
@@ -322,7 +324,7 @@ def _unknown(parts: dict[str, Any]) -> str:
     shown = steps if len(steps) < 400 else steps[:400] + "…"
     names = sorted({name for entry in KNOWN for name in entry.names.values()})
     return (
-        f"this tokenizer cuts text in a way that is not known here (sha256 {fingerprint(parts)[:16]}): {shown}. llama.cpp knows such ways by "
-        f"name, and a wrong name gives wrong tokens without an error. Known here: {', '.join(names)}. If llama.cpp has this one under a name, "
-        f"set {OVERRIDE}; the receipt then compares its tokens with this tokenizer's"
+        f"this tokenizer cuts text in a way that is not known here (sha256 {fingerprint(parts)[:16]}): {shown}. llama.cpp knows such ways "
+        f"by name, and a wrong name gives wrong tokens without an error. Known here: {', '.join(names)}. If llama.cpp has this one under a "
+        f"name, set {OVERRIDE}; the receipt then compares its tokens with this tokenizer's"
     )

@@ -10,8 +10,8 @@ files it came from: its `tokenizers` object (tokenizer.json), its special tokens
 A vocabulary smaller than the embedding is padded with unused tokens, [PAD…]; added tokens beyond the embedding, which the model could not
 read, are left out; a tokenizer whose own vocabulary is larger than the embedding is another model's.
 
-Whether the file tokenizes as training did is measured, not argued: `varied_strings` are for that, `limits` says where llama.cpp has no way to
-do the same.
+Whether the file tokenizes as training did is measured, not argued: `varied_strings` are for that, and `comparison.py` knows where llama.cpp
+has no way to do the same.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(backend, "to_str"):
         raise ValueError(
-            f"{type(tokenizer).__name__} has no tokenizer.json, which a GGUF file is made from; load the tokenizer with "
-            'AutoTokenizer.from_pretrained(PATH, use_fast=True).save_pretrained(PATH) once (pip install sentencepiece tiktoken), then set model.path=PATH'
+            f"{type(tokenizer).__name__} has no tokenizer.json, which a GGUF file is made from; make one (pip install sentencepiece tiktoken, "
+            "then AutoTokenizer.from_pretrained(PATH).save_pretrained(FOLDER)) and set model.path=FOLDER"
         )
     return dict(json.loads(backend.to_str()))
 

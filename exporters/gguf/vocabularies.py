@@ -2,8 +2,8 @@
 
     tokenizer.ggml.model   what it is                           what llama.cpp does with a text
     gpt2                   byte-level BPE                       cuts with the expression that `tokenizer.ggml.pre` names, merges by rank
-    llama                  BPE as SentencePiece makes it        joins the two neighbours whose joint text is the token with the highest score;
-                                                                what is no token becomes bytes (<0x0A>)
+    llama                  BPE as SentencePiece makes it        joins the neighbours whose joint text is the token with the highest
+                                                                score; what is no token becomes bytes (<0x0A>)
     t5                     Unigram                              the segmentation with the highest sum of scores
     bert                   WordPiece                            words, then the longest token from the left
 
@@ -61,7 +61,8 @@ class Source:
 
     def __post_init__(self) -> None:
         vocabulary = self.parts["model"]["vocab"]
-        listed = {i: text for i, (text, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else {i: t for t, i in vocabulary.items()}
+        pairs = enumerate(text for text, _ in vocabulary) if isinstance(vocabulary, list) else ((i, t) for t, i in vocabulary.items())
+        listed = dict(pairs)
         self.added = {t["id"]: t for t in self.parts.get("added_tokens", [])}
         own = max(listed, default=-1)
         if own >= self.n_vocab:
@@ -80,7 +81,7 @@ class Source:
         return {"WordPiece": "bert", "Unigram": "t5"}.get(model["type"], "")
 
     def made_by_merges(self, i: int) -> bool:
-        """Whether an added token is one in name only: Gemma's runs of spaces, written with U+2581, which no raw text has; merges make them."""
+        """Whether an added token is one in name only: Gemma's runs of spaces, written as U+2581, which no text has before it is normalized."""
         token = self.added[i]
         return self.kind == "llama" and SPACE in token["content"] and not token["normalized"] and not token["special"]
 
@@ -126,7 +127,8 @@ def _listed(source: Source, text: Callable[[str], str], kind: Callable[[int, str
 
 def looks_special(token: str) -> bool:
     """Whether an added token is a control token, whatever its flag says: <|…|>, <｜…｜>, and Gemma's <unused…> and <mask>."""
-    wrapped = any(token.startswith(a) and token.endswith(b) and len(token) > len(a + b) for a, b in (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">")))
+    marks = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    wrapped = any(token.startswith(a) and token.endswith(b) and len(token) > len(a + b) for a, b in marks)
     return wrapped or token in ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 
@@ -203,7 +205,8 @@ def _bert(source: Source) -> list[Key]:
     plain = len(found) == 1 and found[0]["type"] == "BertNormalizer" and found[0]["clean_text"] and found[0]["handle_chinese_chars"]
     cuts = canonical(source.parts)
     if not plain or len(cuts) != 1 or "BertPreTokenizer" not in cuts[0][0] or model["continuing_subword_prefix"] != "##":
-        raise ValueError(_unknown_structure(source, "is not BERT's (BertNormalizer with clean_text and handle_chinese_chars, BertPreTokenizer, ##)"))
+        why = "is not BERT's (BertNormalizer with clean_text and handle_chinese_chars, BertPreTokenizer, ##)"
+        raise ValueError(_unknown_structure(source, why))
     texts, kinds = _listed(source, lambda t: t[2:] if t.startswith("##") else SPACE + t, lambda i, token: NORMAL)
     lower, strip = bool(found[0]["lowercase"]), found[0]["strip_accents"]
     keys = _head("bert", "default", texts, kinds)
@@ -250,8 +253,9 @@ def _scores(source: Source) -> dict[str, float]:
     missing = sum(t[:i] in vocabulary and t[i:] in vocabulary and (t[:i], t[i:]) not in known for t in tokens for i in range(1, len(t)))
     if broken + missing > BROKEN_MERGES * max(1, len(pairs)):
         raise ValueError(
-            f"the tokenizer's BPE has byte fallback, but was not made by SentencePiece: of {len(pairs)} merges {broken} are out of their token's "
-            f"order, and {missing} pairs that make a token are no merges. llama.cpp joins by score whatever makes a token, and would give other tokens"
+            f"the tokenizer's BPE has byte fallback, but was not made by SentencePiece: of {len(pairs)} merges {broken} are out of their "
+            f"token's order, and {missing} pairs that make a token are no merges. llama.cpp joins by score whatever makes a token, and would "
+            "give other tokens"
         )
     return {token: -float(i) for token, i in place.items()}
 

@@ -22,7 +22,7 @@ from exporters.gguf.write import Entry, entries, read_back, read_types, shards, 
 from qtrain.grids.affine import Affine  # noqa: E402
 from qtrain.grids.base import Grid  # noqa: E402
 from qtrain.grids.ggml import TYPES, Ggml, GgmlActivation  # noqa: E402
-from qtrain.prepare import convert, prepare  # noqa: E402
+from qtrain.prepare import convert, one_row, prepare  # noqa: E402
 from qtrain.targets import select  # noqa: E402
 from tests.exporters.small_lm import LINEAR, LLAMA3, YARN, nmse, tiny, tokens  # noqa: E402
 

@@ -266,7 +266,7 @@ def main() -> None:
             print(model.name, file=sys.stderr)
             models[model.name] = measure(quantize, folder / "model.gguf", {"facts": facts, "tensors": model.tensors()}, options, folder)
         if given.smollm2:
-            models["SmolLM2-135M-Instruct"] = measure(quantize, given.smollm2, smollm2(given.smollm2), [], folder)
+            models["SmolLM2-135M-Instruct"] = measure(quantize, given.smollm2, smollm2(given.smollm2), ["imatrix"], folder)
     assert set(WITH_OPTIONS) <= set(models)
     lines = [f"{json.dumps(name)}: {json.dumps(model)}" for name, model in models.items()]
     Path(__file__).with_name("mixes.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -13,7 +13,9 @@ import transformers
 from torch import Tensor
 
 from qtrain import language_task
+from qtrain.grids.affine import Affine
 from qtrain.language_task import IGNORED, TASK, Head, hidden
+from qtrain.prepare import convert, prepare
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 V = 61
@@ -180,3 +182,17 @@ def test_a_changed_head_or_body_is_a_difference() -> None:
         lm.model.norm.weight += 1e-6
     change = TASK.difference(before, TASK.predict(lm, data, ""))
     assert not change["bit_exact"] and change["nmse"] > 0
+
+
+@pytest.mark.parametrize("kind", ["fake", "codes"])
+def test_a_head_that_is_rounded_once_computes_the_same(kind: str) -> None:
+    lm, data = model(), batches()
+    prepare(lm, {"lm_head": lm.lm_head}, Affine(bits=4, group_size=16), activation=Affine(bits=8, granularity="token"))
+    if kind == "codes":
+        convert(lm)
+    outputs = TASK.predict(lm, data, "")
+    head = Head(lm)
+    assert outputs.head.vocabulary == head.vocabulary == V
+    with torch.inference_mode():
+        assert torch.equal(outputs.logits(slice(0, 5)), head(outputs.states_SH[:5]))
+        assert not torch.equal(head(outputs.states_SH[:5]), model().lm_head(outputs.states_SH[:5]))

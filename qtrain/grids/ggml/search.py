@@ -230,9 +230,9 @@ class _Symmetric(_Search):
             torch.mul(self.x, inverse * goal, out=self.codes).round_().clamp_(self.low, self.high)
             self.sum_codes(out)
         sxl, sll = sums.unbind(1)
-        gain = sxl * sxl / sll.clamp_min(_TINY)
-        sxl, sll = _pick(-gain, sxx, sxl, sll)
-        return ((sxl / sll.clamp_min(_TINY)).view(self.shape),)
+        scales = sxl / sll.clamp_min(_TINY)
+        (scale,) = _pick((scales * sxl).neg_(), sxx, scales)
+        return (scale.view(self.shape),)
 
     def first(self, *real: Tensor) -> None:
         (scale,) = real
@@ -343,12 +343,17 @@ class _WithMin(_Search):
 def _pick(error: Tensor, total: Tensor, *of: Tensor) -> list[Tensor]:
     """Of each tensor [K, N] the entries of least ``error`` [K, N]; those of the first row unless others are better than noise.
 
-    Candidates that tie have the same codes, and so the same fits. (An argmin over dim 0 would cost three times as much.)
+    (An argmin over dim 0 would cost three times as much. Candidates may tie, with different codes: what is taken of one is of one row.)
     """
     least = error.amin(0)
     least = torch.where(least < error[0] - _NOISE * total, least, error[0])
     others = error != least
-    return [tensor.masked_fill(others, -torch.inf).amax(0) for tensor in of]
+    taken = []
+    for tensor in of:
+        taken.append(tensor.masked_fill(others, -torch.inf).amax(0))
+        if len(taken) < len(of):
+            others |= tensor != taken[-1]
+    return taken
 
 
 def _inverse(x: Tensor) -> Tensor:

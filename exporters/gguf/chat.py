@@ -1,0 +1,204 @@
+"""What a chat template does, found by asking it.
+
+A chat template is a program (Jinja) that makes one text of a list of messages. Ollama has another template language, and its own templates
+are written by hand. Here the program is run on probe conversations, whose messages are words that occur nowhere else, and the text
+between the words is read off:
+
+    start | before_user USER after_user | before_assistant ASSISTANT after_assistant | before_user USER after_user | generation
+
+The system message stands in one of three places: at the start (X SYSTEM Y instead of start), inside the first user's turn (Llama 2,
+Gemma), or inside the last user's turn (Mistral). Then all probes are rendered from what was found, and must be what the template renders; a
+template that depends on anything else is None here, not nearly right.
+
+What is not found out: tools, images, reasoning. Text that a template strips around messages is taken as given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from typing import Any
+
+Messages = list[dict[str, str]]
+
+SYSTEM, USERS, ASSISTANTS = "Qsystemq", ("Quserq", "Qsecondq", "Qthirdq"), ("Qassistantq", "Qanswerq")
+"""Words of the probes."""
+NOW = datetime(2024, 7, 26)
+"""What templates that print the date are told: Llama 3's own default."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """The text around messages."""
+
+    start: str
+    """Before the first turn where there is no system message."""
+    system: tuple[str, str] | None
+    """Around the system message; null if the template has none."""
+    place: str
+    """Of the system message: start (in place of `start`), first (before the first user's text), last (before the last user's)."""
+    before_user: str
+    after_user: str
+    before_assistant: str
+    after_assistant: str
+    last_assistant: str
+    """Instead of before_assistant where the message is the last one, which the model goes on writing."""
+    generation: str
+    """Instead of before_assistant where the model writes the message."""
+    dated: bool = False
+    """Whether the template prints the date."""
+
+    def render(self, messages: Messages) -> str:
+        """What the template makes of ``messages``; the last is a user's, after which the model writes, or an assistant's, not ended."""
+        system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+        rest = [m for m in messages if m["role"] != "system"]
+        said = system.join(self.system) if system and self.system is not None else ""
+        parts = [said if said and self.place == "start" else self.start]
+        first = True
+        for i, message in enumerate(rest):
+            last, text = i == len(rest) - 1, message["content"]
+            if message["role"] == "user":
+                inside = said if (self.place == "first" and first) or (self.place == "last" and last) else ""
+                parts += [self.before_user, inside, text, self.after_user]
+                first = False
+            else:
+                parts += [self.last_assistant if last else self.before_assistant, text, "" if last else self.after_assistant]
+            if last and message["role"] == "user":
+                parts.append(self.generation)
+        return "".join(parts)
+
+
+def turns(tokenizer: Any) -> Turns | None:
+    """What the chat template of ``tokenizer`` does; null if it has none, or it cannot be said in turns."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    ask = _Asked(tokenizer)
+    try:
+        found = _find(ask)
+    except _Odd:
+        return None
+    same = all(found.render(probe) == ask(probe) for probe in probes(found.system is not None) if ask.renders(probe))
+    return found if same else None
+
+
+def probes(system: bool) -> list[Messages]:
+    """Conversations that a template must render alike."""
+    talk = [("user", USERS[0]), ("assistant", ASSISTANTS[0]), ("user", USERS[1]), ("assistant", ASSISTANTS[1]), ("user", USERS[2])]
+    texts = {USERS[0]: "Zwei Zeilen:\n\n1. é 😀\n2. {{ x }}", ASSISTANTS[0]: "ok", USERS[1]: '[INST] "quoted" <b>', ASSISTANTS[1]: "a\tb"}
+    found: list[list[tuple[str, str]]] = [talk[:n] for n in range(1, 6)]
+    found += [[(role, texts.get(text, text)) for role, text in part] for part in found]
+    found += [[("system", text), *part] for part in found for text in (SYSTEM, "Two\n\nlines.")] if system else []
+    return [[{"role": role, "content": text} for role, text in part] for part in found]
+
+
+class _Odd(Exception):
+    """The template is not made of turns."""
+
+
+class _Asked:
+    """The template, as a function of messages."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.dated = tokenizer, False
+
+    def __call__(self, messages: Messages) -> str:
+        """The text after which the model writes.
+
+        Raises:
+            _Odd: if the template refuses the messages.
+        """
+        ends = messages[-1]["role"] == "assistant"
+        try:
+            if not ends:
+                return self._render(messages, True)
+            text = self._render(messages, False)
+        except Exception as error:  # a template may raise anything
+            raise _Odd from error
+        at = text.rfind(messages[-1]["content"])
+        if at < 0:
+            raise _Odd
+        return text[: at + len(messages[-1]["content"])]
+
+    def renders(self, messages: Messages) -> bool:
+        """Whether the template takes ``messages``."""
+        try:
+            self(messages)
+        except _Odd:
+            return False
+        return True
+
+    def closed(self, messages: Messages) -> str:
+        """The text of finished turns."""
+        try:
+            return self._render(messages, False)
+        except Exception as error:
+            raise _Odd from error
+
+    def _render(self, messages: Messages, generation: bool) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, strftime_now=self._now))
+
+    def _now(self, form: str) -> str:
+        self.dated = True
+        return NOW.strftime(form)
+
+
+def _talk(count: int, system: bool = False) -> Messages:
+    words = [("user", USERS[0]), ("assistant", ASSISTANTS[0]), ("user", USERS[1]), ("assistant", ASSISTANTS[1]), ("user", USERS[2])]
+    found = [("system", SYSTEM)] if system else []
+    return [{"role": role, "content": text} for role, text in [*found, *words[:count]]]
+
+
+def _between(text: str, words: list[str]) -> list[str]:
+    """The text before, between and after ``words``, which must each occur once, in this order."""
+    if any(text.count(word) != 1 for word in words):
+        raise _Odd
+    at = [text.index(word) for word in words]
+    if any(a >= b for a, b in pairwise(at)):
+        raise _Odd
+    ends = [0, *(a + len(w) for a, w in zip(at, words, strict=True))]
+    return [text[a:b] for a, b in zip(ends, [*at, len(text)], strict=True)]
+
+
+def _common(a: str, b: str) -> str:
+    """What both begin with."""
+    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
+
+
+def _find(ask: _Asked) -> Turns:
+    words = [USERS[0], ASSISTANTS[0], USERS[1]]
+    head, to_assistant, to_user, end = _between(ask(_talk(3)), words)
+    alone = _between(ask.closed(_talk(1)), words[:1])[1]
+    before_user = _common(head[::-1], to_user[::-1])[::-1]
+    after_user = _common(_common(alone, to_assistant), end)
+    last = _between(ask(_talk(2)), words[:2])[1]
+    if not last.startswith(after_user):
+        raise _Odd
+    plain = {
+        "start": head.removesuffix(before_user),
+        "before_user": before_user,
+        "after_user": after_user,
+        "before_assistant": to_assistant.removeprefix(after_user),
+        "after_assistant": to_user.removesuffix(before_user),
+        "last_assistant": last.removeprefix(after_user),
+        "generation": end.removeprefix(after_user),
+    }
+    system, place = _system(ask, plain["start"], before_user) if ask.renders(_talk(1, True)) else (None, "start")
+    return Turns(**plain, system=system, place=place, dated=ask.dated)
+
+
+def _system(ask: _Asked, start: str, before_user: str) -> tuple[tuple[str, str] | None, str]:
+    """What stands around the system message, and where."""
+    text = ask(_talk(3, True))
+    if SYSTEM not in text:
+        return None, "start"  # taken, and left out
+    if text.index(SYSTEM) > text.index(ASSISTANTS[0]):
+        _, _, around, after, _ = _between(text, [USERS[0], ASSISTANTS[0], SYSTEM, USERS[1]])
+        at = around.rindex(before_user) + len(before_user) if before_user in around else len(around)
+        return (around[at:], after), "last"
+    before, after = _between(text, [SYSTEM, USERS[0]])[:2]
+    if before.startswith(start + before_user) and not after.endswith(before_user):
+        return (before.removeprefix(start + before_user), after), "first"
+    if not after.endswith(before_user):
+        raise _Odd
+    return (before, after.removesuffix(before_user)), "start"
