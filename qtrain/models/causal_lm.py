@@ -96,6 +96,27 @@ class CausalLm(Pretrained):
             config.use_cache = False
         return model.eval()
 
+    def skeleton(self) -> tuple[nn.Module, Any]:
+        """The model without storage (device `meta`), in evaluation mode, and what reads its weights one by one (`qtrain/streaming.py`).
+
+        Raises:
+            ValueError: if the source is not a folder of safetensors files.
+        """
+        from qtrain.streaming import Weights
+
+        source, config = self._config()
+        self._require_float(source, config)
+        if self._header is not None or not Path(source).is_dir():
+            raise ValueError(
+                f"stream=true reads safetensors files of a folder, and model.path={self.path} is none. Set model.path=/a/folder, or stream=false"
+            )
+        weights = Weights(Path(source))
+        config = config.get_text_config()
+        config.use_cache = False
+        with quiet(), self._explained(source), torch.device("meta"):
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return model.eval(), weights
+
     def sample(self) -> Path:
         """SmolLM2-135M-Instruct, decoded."""
         return sample_language_model(lambda file, folder: CausalLm(str(file)).save(folder))

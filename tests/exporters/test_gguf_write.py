@@ -170,12 +170,13 @@ def test_every_type_is_read_back_to_the_bit(kind: str, tmp_path: Path) -> None:
 
 @needs_llama
 @pytest.mark.parametrize(
-    ("family", "kind"), [("llama", "q4_0"), ("llama", "q8_0"), ("qwen3", "q5_0"), ("phi3", "q4_0"), ("gemma3", "q8_0")]
+    ("family", "kind"), [("llama", "q4_0"), ("llama", "q8_0"), ("llama", "q4_k"), ("qwen3", "q5_0"), ("phi3", "q4_0"), ("gemma3", "q8_0")]
 )
 def test_llama_computes_with_the_codes(family: str, kind: str, tmp_path: Path) -> None:
     """With activations on llama.cpp's own grid, nothing is left to differ but the order of sums, and halves that it flips."""
     embedding = None if family == "gemma3" else Ggml(kind)
-    model, ids = quantized(tiny(family), Ggml(kind), embedding, GgmlActivation("q8_0")), tokens(40)
+    width, activation = ({"hidden_size": 256, "intermediate_size": 512}, "q8_k") if kind.endswith("_k") else ({}, "q8_0")
+    model, ids = quantized(tiny(family, **width), Ggml(kind), embedding, GgmlActivation(activation)), tokens(40)
     assert nmse(logits(model, ids), in_llama(save(model, tmp_path), ids)) < 1e-4
 
 
@@ -356,6 +357,13 @@ def test_a_model_without_head() -> None:
         entries(model.model)
     with pytest.raises(ValueError, match="has none"):
         entries(tiny("bert", num_hidden_layers=1), pooling="rank")
+
+
+def test_a_trial_of_one_row_per_weight_is_checked() -> None:
+    model = tiny("llama", num_hidden_layers=1)
+    modules, _ = select(model, ["*_proj"], [])
+    prepare(model, modules, Ggml("q8_0"))
+    assert {e.type for e in entries(convert(one_row(model)))} == {"q8_0", "f16", "f32"}
 
 
 def test_layers_in_training_are_refused() -> None:

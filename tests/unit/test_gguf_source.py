@@ -37,6 +37,7 @@ def write(folder: Path, tied: bool = True, config: dict[str, Any] | None = None,
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_weight_is_the_decode_of_the_files_bytes(tied: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, _, decoded = write(tmp_path, tied)
+    capsys.readouterr()
     source = CausalLm(str(path))
     model: Any = source.build(0, 0)
     found = dict(model.named_parameters())

@@ -58,9 +58,11 @@ _LEAST = 2.0**-24
 _TINY, _LARGE = 1e-38, 1e30
 _UNSEEN = 1e-3
 """Added to an importance of mean 1."""
-_SYMMETRIC = (0.0, -0.6, -0.3, 0.3, 0.6)
-"""Ranges to try, as the code that the largest value gets: the largest code plus this."""
-_WITH_MIN = (0.0, -1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0)
+_SYMMETRIC = (0.0, -0.8, 0.8)
+"""Ranges to try: the largest value gets the largest code plus this, before it is rounded and clamped."""
+_WITH_MIN = (0.0, -0.8, -0.4, 0.4, 0.8)
+_WEIGHTED = (0.0, -1.5, -1.0, -0.6, -0.3, 0.3, 0.6, 1.0, 1.5)
+"""With weights the best range may be far from the plain one: a large value of small weight is clipped."""
 
 
 def super_block(x_RBS: Tensor, importance_BS: Tensor | None, kind: SuperBlock) -> Params:
@@ -224,7 +226,8 @@ class _Symmetric(_Search):
         sxx = torch.mul(self.wx, self.x, out=self.v).sum(0)
         highest, lowest = self.x.amax(0), self.x.amin(0)
         inverse = _inverse(torch.where(highest > -lowest, highest, lowest))
-        goals = [self.low - r for r in _SYMMETRIC] + [self.high + r for r in _SYMMETRIC]
+        ranges = _SYMMETRIC if self.w is None else _WEIGHTED
+        goals = [self.low - r for r in ranges] + [self.high + r for r in ranges]
         sums = self.x.new_empty(len(goals), 2, len(inverse))
         for goal, out in zip(goals, sums, strict=True):
             torch.mul(self.x, inverse * goal, out=self.codes).round_().clamp_(self.low, self.high)
@@ -279,8 +282,9 @@ class _WithMin(_Search):
         self.su = self.wx.sum(0)
         suu = torch.mul(self.wx, u, out=self.v).sum(0)
         inverse = _inverse(span)
-        sums = u.new_empty(len(_WITH_MIN), 3, len(span))
-        for r, out in zip(_WITH_MIN, sums, strict=True):
+        ranges = _WITH_MIN if self.w is None else _WEIGHTED
+        sums = u.new_empty(len(ranges), 3, len(span))
+        for r, out in zip(ranges, sums, strict=True):
             torch.mul(u, inverse * (self.high + r), out=self.codes).round_().clamp_max_(self.high)
             self.sum_codes(out)
         sl, sll, sul = sums.unbind(1)
@@ -334,25 +338,24 @@ class _WithMin(_Search):
         return self.v, step.view(-1)
 
     def sum_codes(self, out: Tensor) -> None:
-        l = self.weighted(self.codes)
-        torch.sum(l, 0, out=out[0])
-        torch.sum(torch.mul(l, self.codes, out=self.v), 0, out=out[1])
+        weighted = self.weighted(self.codes)
+        torch.sum(weighted, 0, out=out[0])
+        torch.sum(torch.mul(weighted, self.codes, out=self.v), 0, out=out[1])
         torch.sum(torch.mul(self.wx, self.codes, out=self.v), 0, out=out[2])
 
 
 def _pick(error: Tensor, total: Tensor, *of: Tensor) -> list[Tensor]:
     """Of each tensor [K, N] the entries of least ``error`` [K, N]; those of the first row unless others are better than noise.
 
-    (An argmin over dim 0 would cost three times as much. Candidates may tie, with different codes: what is taken of one is of one row.)
+    (An argmin over dim 0 would cost three times as much. Rows may tie, with different codes: what is taken of one is of one row.)
     """
     least = error.amin(0)
-    least = torch.where(least < error[0] - _NOISE * total, least, error[0])
-    others = error != least
+    first, others = least >= error[0] - _NOISE * total, error != least
     taken = []
     for tensor in of:
-        taken.append(tensor.masked_fill(others, -torch.inf).amax(0))
-        if len(taken) < len(of):
-            others |= tensor != taken[-1]
+        best = tensor.masked_fill(others, -torch.inf).amax(0)
+        others |= tensor != best
+        taken.append(torch.where(first, tensor[0], best))
     return taken
 
 
