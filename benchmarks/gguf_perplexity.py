@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qtrain.imatrix import save
 
 from benchmarks._common import machine, markdown
 from benchmarks._llama_quantize import llama_quantize
@@ -32,6 +31,7 @@ from qtrain import registry
 from qtrain.console import console
 from qtrain.data.text import TextCorpus
 from qtrain.evaluate import Batch
+from qtrain.imatrix import save
 from qtrain.language_task import TASK, Comparison, LanguageOutputs
 from qtrain.malloc import tune_malloc
 from qtrain.models.causal_lm import CausalLm
@@ -103,7 +103,7 @@ def one(text: Text, mix: str, folder: Path, reference: Path, use_imatrix: bool) 
     model, scheme = quantized(text, mix, use_imatrix)
     outputs = TASK.predict(model, text.batches, mix)
     ours, theirs, matrix = folder / "ours.gguf", folder / "theirs.gguf", folder / "imatrix.gguf"
-    write(ours, keys(text.model, text.tokenizer), entries(model, "f16"), progress=False)
+    write(ours, keys(text.model, text.tokenizer), entries(model, "f16"))
     expected = Gguf().packed(model)
     exact = sum(not differing(expected.pop(name)(), value) for name, value in read_back(ours) if name in expected)
     total = exact + len(expected)
@@ -147,7 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         reference = folder / "float.gguf"
-        write(reference, keys(text.model, text.tokenizer), entries(text.model, "f32"), progress=False)
+        write(reference, keys(text.model, text.tokenizer), entries(text.model, "f32"))
         for mix in args.mixes:
             for use_imatrix in (False, True) if not args.no_imatrix and "_k" in mix else (False,):
                 with torch.inference_mode():

@@ -95,7 +95,7 @@ def main() -> None:
 
         def perplexity(model: nn.Module, float_type: str = "f32", requantize: bool = False) -> float:
             file, target = folder / "model.gguf", folder / "q4_0.gguf"
-            write(file, keys(float_model, setup.processor), entries(model, float_type), progress=False)
+            write(file, keys(float_model, setup.processor), entries(model, float_type))
             if requantize:
                 llama_quantize(file, target, "q4_0")
             return float(in_llama(target if requantize else file, outputs, setup.batches)["runtime"]["perplexity"])

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qtrain import gguf_names, imatrix
 from qtrain.console import progress
 from qtrain.layers import FakeEmbedding, FakeLayer, FakeLinear, fake_layers, in_float
-
-LEAST_SEQUENCES = 128
-"""Fewer calibration sequences than this measure the channels of rare inputs badly."""
 
 
 @dataclass
@@ -53,7 +52,7 @@ def weigh(model: nn.Module, batches: Iterable[dict[str, Tensor]], source: Any) -
         ValueError: if there is no calibration data, an activation is not finite, or the file is of another model.
     """
     layers = {n: layer for n, layer in fake_layers(model) if isinstance(layer, FakeLinear) and not _tied(model, layer)}
-    found = read(source, model, layers) if isinstance(source, str) else measure(model, layers, batches)
+    found = from_file(Path(source), model, layers) if isinstance(source, str) else measure(model, layers, batches)
     for name, layer in layers.items():
         if name in found:
             layer.weight_fake.importance = found[name].mean().to(layer.weight.device)
@@ -86,6 +85,33 @@ def measure(model: nn.Module, layers: dict[str, FakeLinear], batches: Iterable[d
             raise ValueError(
                 f"the input of {name} is not finite on the calibration text; set model.dtype=float32, or quantizer.imatrix=false"
             )
+    return found
+
+
+def from_file(path: Path, model: nn.Module, layers: dict[str, FakeLinear]) -> dict[str, Importance]:
+    """Importances of a file in one of llama.cpp's formats, as far as ``model`` has its tensors.
+
+    Raises:
+        ValueError: if it is no such file, or of another model.
+    """
+    entries = imatrix.read(path).entries
+    names = gguf_names.tensor_names(model.config, [f"{name}.weight" for name in layers], gguf_names.tied(model))
+    found = {}
+    for name, layer in layers.items():
+        entry = entries.get(names.get(f"{name}.weight", ""))
+        if entry is None:
+            continue
+        sums = torch.from_numpy(entry.sums_EI.astype("float32").reshape(-1))
+        if len(sums) != layer.in_features:
+            raise ValueError(
+                f"quantizer.imatrix={path} has {len(sums)} channels for {name}, which has {layer.in_features}: it is of another model. "
+                "Set quantizer.imatrix=true to measure one"
+            )
+        found[name] = Importance(sums, int(entry.counts_E.sum()))
+    if not found:
+        raise ValueError(
+            f"quantizer.imatrix={path} has none of the model's {len(layers)} layers: it is of another model. Set quantizer.imatrix=true"
+        )
     return found
 
 

@@ -97,8 +97,8 @@ def print_summary(run: dict[str, Any], folder: Path) -> None:
 
 def _legend(run: dict[str, Any]) -> str:
     """What the numbers of the closing table are."""
-    if any(entry["receipt"].get("tokens_per_s") for entry in run["exports"]):
-        return "size and tokens per second (medians on this machine) of the written files; float: the same model, not quantized"
+    if not any(entry["receipt"].get("latency_ms") for entry in run["exports"]):
+        return "sizes (and tokens per second, medians on this machine) are of the written files; float: the same model, not quantized"
     return "latency: batch x tokens (or the shape of the images), medians on this machine; float: the same graph in float32"
 
 

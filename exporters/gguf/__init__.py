@@ -44,7 +44,7 @@ class Gguf(Exporter):
     tasks: ClassVar[tuple[str, ...]] = ("language", "embedding")
     streams: ClassVar[bool] = True
 
-    tolerances: Tolerances = field(default_factory=lambda: Tolerances(logits_nmse=1e-2, top1_agreement=0.95, metric=0.02))
+    tolerances: Tolerances = field(default_factory=lambda: Tolerances(logits_nmse=1e-2, top1_agreement=0.9, metric=0.02))
     """How far llama.cpp may be from training."""
     name: str | None = None
     """Stem of the file's name; null is the recipe's name."""
@@ -89,11 +89,14 @@ class Gguf(Exporter):
     def preflight(self, model: nn.Module, task: str, processor: Any) -> None:
         """See `Exporter.preflight`; also the architecture, the tokenizer, and whether there is a llama.cpp."""
         from exporters.gguf.architectures import describe
+        from exporters.gguf.contents import entries
         from exporters.gguf.tokenizers import vocabulary
 
+        pooling = getattr(model, "pooling", None)
         if task in self.tasks:
-            describe(model.config)  # first what a user can do nothing about
+            describe(model.config, pooling)  # first what a user can do nothing about
         super().preflight(model, task, processor)
+        entries(model, self.float_type, pooling)
         vocabulary(processor, int(model.config.get_text_config().vocab_size), self.pre_tokenizer)  # type: ignore[union-attr]
         self.runtime_version  # noqa: B018 (raises where there is none)
 
@@ -110,18 +113,24 @@ class Gguf(Exporter):
 
     def write(self, job: ExportJob, folder: Path) -> Artefact:
         """The model, its Modelfile, its importances, and the float model to compare with."""
-        from exporters.gguf.architectures import metadata
-        from exporters.gguf.imatrix import save
+        from exporters.gguf.architectures import describe, metadata
+        from exporters.gguf.contents import left_out
         from exporters.gguf.modelfile import modelfile
         from exporters.gguf.tokenizers import vocabulary
         from exporters.gguf.write import entries, write
+        from qtrain.imatrix import save
 
         config: Any = job.model.config
         vocabulary_keys = vocabulary(job.processor, int(config.get_text_config().vocab_size), self.pre_tokenizer)
         stem = self.name or job.metadata.get("recipe", "model")
-        about = metadata(config, job.metadata | {"general.name": stem}, task=job.task) + vocabulary_keys
-        files = write(folder / f"{stem}.gguf", about, entries(job.model, self.float_type), self.split_bytes)
+        pooling = getattr(job.model, "pooling", None)
+        about = metadata(config, job.metadata | {"general.name": stem}, task=job.task, pooling=pooling) + vocabulary_keys
+        files = write(folder / f"{stem}.gguf", about, entries(job.model, self.float_type, pooling), self.split_bytes, job.tell)
         artefact = Artefact(files[0], list(files))
+        artefact.fallbacks = [{"name": stem, "why": note} for note in describe(config, pooling)]
+        artefact.fallbacks += [
+            {"name": name, "why": "no file holds it: embeddings do not need it"} for name in left_out(job.model, pooling)
+        ]
         if job.task == "language":
             context = self.num_ctx or min(job.max_length, 4096)
             (folder / "Modelfile").write_text(modelfile(job.processor, files[0].name, context), encoding="utf-8")
@@ -130,7 +139,7 @@ class Gguf(Exporter):
         if self.compare_float and job.float_model is not None:
             reference = folder / ".float" / f"{stem}-{self.float_type}.gguf"
             reference.parent.mkdir()
-            artefact.float_files = write(reference, about, entries(job.float_model, self.float_type), None)
+            artefact.float_files = write(reference, about, entries(job.float_model, self.float_type, pooling), None, job.tell)
             artefact.float_path = artefact.float_files[0]
         return artefact
 

@@ -115,10 +115,11 @@ CONTEXT_PARAMS: list[tuple[str, Any, Any]] = [
 _AT = [name for name, _, _ in CONTEXT_PARAMS].index("embeddings")
 
 LAYOUTS: dict[str, list[list[tuple[str, Any, Any]]]] = {
-    "llama_model": [MODEL_PARAMS],
+    "llama_model": [MODEL_PARAMS, [field for field in MODEL_PARAMS if field[0] != "lazy_mode"]],
     "llama_context": [[*CONTEXT_PARAMS[:_AT], ("added", c_void_p, None), *CONTEXT_PARAMS[_AT:]], CONTEXT_PARAMS],
 }
-"""Known layouts of each struct, newest first: xllamacpp 2026.10.11549 (8 more bytes before the booleans), llama-cpp-python 0.3.36."""
+"""Known layouts of each struct, newest first. xllamacpp 2026.10.11549 has 8 more bytes before the context's booleans, and both first
+layouts; 2026.8.10566 has both second ones; llama-cpp-python 0.3.36 has the first of the model and the second of the context."""
 
 
 class Batch(ctypes.Structure):

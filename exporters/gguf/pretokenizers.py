@@ -9,7 +9,7 @@ gives other tokens without any error, so a name is written only when it is known
     2  equal to an entry of `KNOWN`: that entry
     3  otherwise its behaviour decides. Both cut `probes()`: some 100,000 characters in which every three of 50 kinds of character follow
        each other (letters of six categories and seven scripts, digits, marks, punctuation, symbols, spaces, control characters), with
-       long runs and contractions in every case. An entry that cuts it the same is the same pre-tokenizer, whatever its expression looks like
+       long runs and contractions in every case. An entry that cuts it the same is the same pre-tokenizer, however it is written
     4  otherwise a ValueError with the hash of the canonical form
 
 llama.cpp derives two more settings from the name: whether a word that is a token as a whole is taken without merging (`ignore_merges`),
@@ -167,8 +167,8 @@ def recognise(parts: dict[str, Any], clean_up: bool = False) -> str:
         names = entry.names
     if not names:
         raise ValueError(
-            f"this tokenizer cuts text as {entry.model} does, but with ignore_merges={str(ignore).lower()}, which changes its tokens and for "
-            f"which llama.cpp has no name; the nearest is {' or '.join(entry.names.values())}: set {OVERRIDE} if tokens may differ"
+            f"this tokenizer cuts text as {entry.model} does, but with ignore_merges={str(ignore).lower()}, which changes its tokens, and "
+            f"llama.cpp has no name for that; the nearest is {' or '.join(entry.names.values())}: set {OVERRIDE} if tokens may differ"
         )
     return next((name for key, name in names.items() if key[1] == clean_up), next(iter(names.values())))
 

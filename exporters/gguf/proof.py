@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from exporters.base import Artefact, ExportJob
-from exporters.gguf.llama import Llama
+from exporters.gguf.llama import Llama, probe
 from qtrain.receipt import Receipt
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ def prove(exporter: Gguf, job: ExportJob, artefact: Artefact, receipt: Receipt) 
     longest = max(map(len, job.comparison.sequences))
     embeds = job.task == "embedding"
     room = longest if embeds else max(longest, PROMPT + exporter.generate)
+    probe(artefact.path, embeddings=embeds)  # in a child process: llama.cpp aborts on some damaged files
     with Llama(artefact.path, context=room, threads=exporter.threads, embeddings=embeds) as llama:
         compare_outputs(exporter, job, llama, receipt)
-        receipt.checks["tokenization"] = tokenization(job.processor, llama, exporter.strings)
+        receipt.checks["tokenization"] = tokenization(exporter, job.processor, llama, receipt)
         if receipt.checks["tokenization"].startswith("failed"):
             receipt.failures.append(f"tokenization {receipt.checks['tokenization']}")
         if not embeds and receipt.passed and job.training_logits is not None:
@@ -62,24 +63,17 @@ def compare_outputs(exporter: Gguf, job: ExportJob, llama: Llama, receipt: Recei
     receipt.add_metrics(result["training"], result["runtime"], tolerances)
 
 
-def tokenization(tokenizer: Any, llama: Llama, count: int) -> str:
-    """Compare the ids of ``count`` varied strings: "passed: …", "failed: …" or "not run: …"."""
-    from exporters.gguf.tokenizers import varied_strings
+def tokenization(exporter: Gguf, tokenizer: Any, llama: Llama, receipt: Receipt) -> str:
+    """Compare the ids of varied strings: "passed: …", "failed: …" or "not run: …"; what llama.cpp cannot do is a fallback."""
+    from exporters.gguf.comparison import compare
+    from exporters.gguf.strings import varied_strings
 
-    if not count:
+    if not exporter.strings:
         return "not run: export.gguf.strings=0"
-    special = [str(token) for token in tokenizer.all_special_tokens]
-    wrong = []
-    for text in varied_strings(count, special):
-        ours = tokenizer(text, add_special_tokens=False)["input_ids"]
-        theirs = llama.tokenize(text, add_special=False, parse_special=True)
-        if ours != theirs:
-            wrong.append((text, ours, theirs))
-    if wrong:
-        text, ours, theirs = wrong[0]
-        first = f"{text!r}: {ours[:12]} in training, {theirs[:12]} in llama.cpp"
-        return f"failed: {len(wrong)} of {count} strings have other ids, the first {first}"
-    return f"passed: {count} of {count} varied strings have the same ids"
+    texts = varied_strings(exporter.strings, [str(token) for token in tokenizer.all_special_tokens])
+    found = compare(tokenizer, lambda text: llama.tokenize(text, add_special=False, parse_special=True), texts, exporter.pre_tokenizer)
+    receipt.fallbacks += [{"name": "tokenization", "why": f"{why} ({n} of {len(texts)} varied strings)"} for why, n in found.beyond.items()]
+    return found.describe()
 
 
 def generation(job: ExportJob, llama: Llama, count: int) -> str:

@@ -60,7 +60,7 @@ def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(backend, "to_str"):
         raise ValueError(
-            f"{type(tokenizer).__name__} has no tokenizer.json, which a GGUF file is made from; make one (pip install sentencepiece tiktoken, "
+            f"{type(tokenizer).__name__} has no tokenizer.json, which a GGUF file is made from; make one (pip install sentencepiece, "
             "then AutoTokenizer.from_pretrained(PATH).save_pretrained(FOLDER)) and set model.path=FOLDER"
         )
     return dict(json.loads(backend.to_str()))

@@ -81,7 +81,7 @@ class Source:
         return {"WordPiece": "bert", "Unigram": "t5"}.get(model["type"], "")
 
     def made_by_merges(self, i: int) -> bool:
-        """Whether an added token is one in name only: Gemma's runs of spaces, written as U+2581, which no text has before it is normalized."""
+        """Whether an added token is one in name only: Gemma's runs of spaces, written as U+2581, which raw texts do not have."""
         token = self.added[i]
         return self.kind == "llama" and SPACE in token["content"] and not token["normalized"] and not token["special"]
 
@@ -254,8 +254,8 @@ def _scores(source: Source) -> dict[str, float]:
     if broken + missing > BROKEN_MERGES * max(1, len(pairs)):
         raise ValueError(
             f"the tokenizer's BPE has byte fallback, but was not made by SentencePiece: of {len(pairs)} merges {broken} are out of their "
-            f"token's order, and {missing} pairs that make a token are no merges. llama.cpp joins by score whatever makes a token, and would "
-            "give other tokens"
+            f"token's order, and {missing} pairs that make a token are no merges. llama.cpp joins by score whatever makes a token, "
+            "and would give other tokens"
         )
     return {token: -float(i) for token, i in place.items()}
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +31,19 @@ __all__ = ["Entry", "entries", "read_back", "read_types", "shards", "tied_head",
 
 PIECE = 1 << 22
 """Values that are decoded at once."""
+Tell = Callable[[str], None] | None
 TOKENS = "tokenizer.ggml.tokens"
 ARCHITECTURE = "general.architecture"
 
 
-def write(path: Path, metadata: list[Key], entries: list[Entry], split_bytes: int | None = None, progress: bool = True) -> list[Path]:
+def write(path: Path, metadata: list[Key], entries: list[Entry], split_bytes: int | None = None, tell: Tell = None) -> list[Path]:
     """Write the file, or its shards, and return their paths, the one to load first.
 
     Args:
         metadata: key, value, and the name of a GGUF type (uint32, float32, bool, string, array) or gguf's own enum member; with
             `general.architecture`. What follows from the tensors (file type, `qtrain.modules`) is added.
         split_bytes: start another shard before the tensors of one exceed this.
-        progress: show a bar on the error stream.
+        tell: is told how far it has come, for the user to see.
 
     Raises:
         ValueError: if metadata and tensors contradict each other, or a weight is not finite or does not fit its float type.
@@ -61,13 +61,14 @@ def write(path: Path, metadata: list[Key], entries: list[Entry], split_bytes: in
         writer.write_header_to_file(Path(path))
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with _bar(sum(e.nbytes for e in entries), progress) as advance:
-            for entry in entries:
-                data = entry.data()
-                assert data.nbytes == entry.nbytes, f"{entry.name} has {data.nbytes} bytes, not {entry.nbytes}"
-                writer.write_tensor_data(data)
-                del data  # before the next is made
-                advance(entry.nbytes)
+        done, total = 0, sum(e.nbytes for e in entries)
+        for entry in entries:
+            if tell is not None:
+                tell(f"writing {path.name}, {done / 1e6:,.0f} of {total / 1e6:,.0f} MB ({done / total:.0%})")
+            data = entry.data()
+            assert data.nbytes == entry.nbytes, f"{entry.name} has {data.nbytes} bytes, not {entry.nbytes}"
+            writer.write_tensor_data(data)
+            done += entry.nbytes
     finally:
         writer.close()
     return paths
@@ -186,15 +187,3 @@ def _check_vocabulary(keys: dict[str, tuple[Any, Any]], entries: list[Entry]) ->
                 else "the model cannot read them all: choose its own tokenizer"
             )
         )
-
-
-@contextmanager
-def _bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes on the error stream; call what it yields to advance it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("gguf: writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not show) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda count: progress.advance(task, count)

@@ -108,7 +108,8 @@ class CausalLm(Pretrained):
         self._require_float(source, config)
         if self._header is not None or not Path(source).is_dir():
             raise ValueError(
-                f"stream=true reads safetensors files of a folder, and model.path={self.path} is none. Set model.path=/a/folder, or stream=false"
+                f"stream=true reads safetensors files of a folder, and model.path={self.path} is none. "
+                "Set model.path=/a/folder, or stream=false"
             )
         weights = Weights(Path(source))
         config = config.get_text_config()

@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: llama.cpp makes the same tokens, for every kind of vocabulary and every known pre-tokenizer; the rest is refused."""
+"""Tokenizers in GGUF files: llama.cpp makes the same tokens, of every kind of vocabulary and pre-tokenizer; the rest is refused."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_sentencepiece(normalizer: Any, pre_tokenizer: Any, prefix: bool, beyond
 
 
 def test_runs_of_spaces_that_were_added_are_made_by_merges(tmp_path: Path) -> None:
-    """Gemma lists them as added tokens, written as U+2581, which no text contains; SentencePiece's longest-first would give other tokens."""
+    """Gemma lists them as added tokens, written as U+2581, which texts do not have; longest first would give other tokens."""
     vocab = sentencepiece(REPLACE, GEMMA, pieces())["model"]["vocab"]
     flags = {"special": False, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
     runs = [{"id": vocab[SPACE * n], "content": SPACE * n} | flags for n in (2, 4, 8)]
@@ -402,7 +402,7 @@ def test_a_tokenizer_without_tokenizer_json() -> None:
 def test_a_model_that_llama_cpp_has_not() -> None:
     from tokenizers import Tokenizer, models
 
-    with pytest.raises(ValueError, match="WordLevel, for which llama.cpp has none"):
+    with pytest.raises(ValueError, match="WordLevel, for which"):
         vocabulary(fast(Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))), 2)
 
 
@@ -416,5 +416,5 @@ def test_varied_strings_are_varied_and_always_the_same() -> None:
     assert len(set(found)) > 990
     assert sum("<s>" in text for text in found) > 20
     together = "".join(found)
-    assert all(part in together for part in ("  ", "\n\n", "\r\n", "\t", "👩‍👩‍👧‍👦", "٣", "\u0301", "'VE" if False else "'LL"))
+    assert all(part in together for part in ("  ", "\n\n", "\r\n", "\t", "👩‍👩‍👧‍👦", "٣", "\u0301", "'LL"))
     assert varied_strings(10) == found[:10]

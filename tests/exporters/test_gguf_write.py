@@ -75,7 +75,7 @@ def save(model: Any, folder: Path, float_type: str = "f32", pooling: str | None 
     """The model's file, with no tokenizer."""
     task = "language" if hasattr(model, "lm_head") else "embedding"
     keys = metadata(model.config, {"general.name": "tiny", **about}, task=task, pooling=pooling)
-    return write(folder / "tiny.gguf", [*keys, *NO_TOKENIZER], entries(model, float_type, pooling), progress=False)[0]
+    return write(folder / "tiny.gguf", [*keys, *NO_TOKENIZER], entries(model, float_type, pooling))[0]
 
 
 def logits(model: Any, ids: list[int]) -> Tensor:
@@ -434,9 +434,9 @@ def test_contradictions(tmp_path: Path) -> None:
     model = tiny("llama", num_hidden_layers=1)
     keys, tensors = metadata(model.config, {}), entries(model)
     with pytest.raises(ValueError, match=r"319 tokens and the model's embedding 320 rows"):
-        write(tmp_path / "a.gguf", [*keys, ("tokenizer.ggml.tokens", ["a"] * 319, "array")], tensors, progress=False)
+        write(tmp_path / "a.gguf", [*keys, ("tokenizer.ggml.tokens", ["a"] * 319, "array")], tensors)
     with pytest.raises(ValueError, match=r"llama\.block_count twice: 1 and 2"):
-        write(tmp_path / "a.gguf", [*keys, ("llama.block_count", 2, "uint32")], tensors, progress=False)
+        write(tmp_path / "a.gguf", [*keys, ("llama.block_count", 2, "uint32")], tensors)
     assert not (tmp_path / "a.gguf").exists()
 
 
@@ -444,9 +444,9 @@ def test_contradictions(tmp_path: Path) -> None:
 def test_shards(tmp_path: Path) -> None:
     model, ids = quantized(tiny("llama"), Ggml("q8_0"), Ggml("q8_0")), tokens(20)
     tensors, keys = entries(model), [*metadata(model.config, {}), *NO_TOKENIZER]
-    paths = write(tmp_path / "whole.gguf", keys, tensors, progress=False)
+    paths = write(tmp_path / "whole.gguf", keys, tensors)
     assert shards(paths[0]) == paths == [tmp_path / "whole.gguf"]
-    split = write(tmp_path / "split.gguf", keys, tensors, split_bytes=30_000, progress=False)
+    split = write(tmp_path / "split.gguf", keys, tensors, split_bytes=30_000)
     assert len(split) > 2
     assert shards(split[0]) == split == sorted(tmp_path.glob("split-*.gguf"))
     whole = dict(read_back(paths[0]))
@@ -469,7 +469,7 @@ def test_one_tensor_at_a_time(tmp_path: Path) -> None:
 
     model = quantized(tiny("llama"), Ggml("q8_0"), Ggml("q8_0"))
     found = [Entry(e.name, e.shape, e.type, watched(e.data), e.modules) for e in entries(model)]
-    write(tmp_path / "a.gguf", metadata(model.config, {}), found, progress=False)
+    write(tmp_path / "a.gguf", metadata(model.config, {}), found)
     assert len(alive) == len(found)
 
 

@@ -4,7 +4,8 @@
     python tests/golden/make_mixes.py --library SITE_PACKAGES/llama_cpp/lib/libllama.so [--smollm2 SmolLM2-135M-Instruct.Q4_1.gguf]
 
 Each model is a GGUF file of random tensors with the true names, layers, heads and row lengths, but two rows per matrix: the rule
-reads row lengths only. `llama_model_quantize` writes it anew, and what it wrote is read back. SmolLM2 is the true file, quantized whole.
+reads row lengths only. `llama_model_quantize` writes it anew, and what it wrote is read back. SmolLM2 is the true file, quantized whole,
+without an importance matrix.
 
 mixes.json holds, for each model, its facts, its tensors ({i} is the layer), and for each run ("q4_k_m", "q4_0 imatrix",
 "q4_k_m output=q8_0") the types, run-length encoded over the layers: {"q4_k": "attn_k attn_q", "q6_k*3 q4_k*2": "attn_v"}, names without
@@ -266,7 +267,7 @@ def main() -> None:
             print(model.name, file=sys.stderr)
             models[model.name] = measure(quantize, folder / "model.gguf", {"facts": facts, "tensors": model.tensors()}, options, folder)
         if given.smollm2:
-            models["SmolLM2-135M-Instruct"] = measure(quantize, given.smollm2, smollm2(given.smollm2), ["imatrix"], folder)
+            models["SmolLM2-135M-Instruct"] = measure(quantize, given.smollm2, smollm2(given.smollm2), [], folder)
     assert set(WITH_OPTIONS) <= set(models)
     lines = [f"{json.dumps(name)}: {json.dumps(model)}" for name, model in models.items()]
     Path(__file__).with_name("mixes.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")

@@ -16,9 +16,10 @@ ALLOWED = {
     "qtrain/grids": {"grids", "registry", "lazy", "gguf_names"},
     "qtrain/quantizers": COMMON | {"gguf_names"},
     "qtrain/models": COMMON
-    | {"samples", "wheels", "pretrained", "streaming", "gguf_header", "gguf_source", "models", "images", "image_models", "vision", "resnet"},
+    | {"samples", "wheels", "pretrained", "streaming", "gguf_header", "gguf_source"}
+    | {"models", "images", "image_models", "vision", "resnet"},
     "qtrain/data": COMMON | {"samples", "text", "images", "splits", "tables", "hub", "datamodule", "language", "documents"},
-    "exporters": {"grids", "receipt", "registry", "lazy", "gguf_names", "__init__"},
+    "exporters": {"grids", "receipt", "registry", "lazy", "gguf_names", "imatrix", "__init__"},
 }
 
 

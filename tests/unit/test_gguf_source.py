@@ -72,7 +72,7 @@ def test_it_can_be_saved_as_a_folder_that_is_the_same_model(tmp_path: Path) -> N
     source = CausalLm(str(tmp_path / "folder"))
     model: Any = source.build(0, 0)
     assert all(torch.equal(p, torch.from_numpy(decoded[name].copy())) for name, p in model.named_parameters())
-    assert not hasattr(model.config, "quantization_config") and not model.is_quantized
+    assert not hasattr(model.config, "quantization_config") and not hasattr(CausalLm(str(path)).build(), "hf_quantizer")
     assert all(source.processor()(t)["input_ids"] == CausalLm(str(path)).processor()(t)["input_ids"] for t in TEXTS)
 
 

@@ -97,3 +97,22 @@ def test_no_text_and_wild_activations_are_refused() -> None:
 def test_an_imatrix_file_has_to_exist(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"quantizer\.imatrix=.* is no file.*quantizer\.imatrix=true"):
         Rtn(weight=Ggml(), imatrix=str(tmp_path / "none.gguf"))
+
+
+def test_a_file_gives_back_what_was_measured(tmp_path: Path) -> None:
+    from qtrain.imatrix import save
+
+    lm = prepared(model())
+    measured = weigh(lm, text(), True)
+    save(tmp_path / "imatrix.gguf", lm, measured)
+    again = prepared(model())
+    found = weigh(again, [], str(tmp_path / "imatrix.gguf"))
+    assert found.keys() == measured.keys()
+    for name, importance in found.items():
+        torch.testing.assert_close(importance.mean(), measured[name].mean())
+        assert again.get_submodule(name).weight_fake.importance is not None
+    wider = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=V, hidden_size=512, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4)
+    )
+    with pytest.raises(ValueError, match=r"256 channels for .*which has 512.*another model"):
+        weigh(prepared(wider), [], str(tmp_path / "imatrix.gguf"))

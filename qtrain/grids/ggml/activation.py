@@ -26,7 +26,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from qtrain.grids.base import Params
+from qtrain.grids.base import Grid, Params
 from qtrain.grids.ggml.block_grid import BlockGrid
 from qtrain.grids.ggml.block_type import BlockType
 from qtrain.grids.ggml.blocks import Q8_0, absmax, divide, finite_or_zero, half, signed_peak
@@ -83,7 +83,7 @@ class GgmlActivation(BlockGrid):
     """A layer's input as llama.cpp's CPU kernels quantize it: q8_0 (for q4_0 … q8_0) or q8_k (for the K-types)."""
 
     type: str = "q8_0"
-    """q8_0 for weights in blocks of 32, q8_k for K-types."""
+    """q8_0 or q8_k; beside weights of ggml's own types each layer has the one that belongs to its weight (`beside`)."""
 
     def __post_init__(self) -> None:
         if self.type not in TYPES:
@@ -100,6 +100,14 @@ class GgmlActivation(BlockGrid):
     def granularity(self) -> str:
         """Blocks have scales of their own, so the range cannot be static."""
         return "block"
+
+    def beside(self, weight: Grid) -> GgmlActivation | None:
+        """What llama.cpp makes of the input of a layer whose weight is on the grid ``weight``: by its type where it is one of ggml's, and
+        nothing (None) beside 16-bit floats."""
+        kind = getattr(weight, "type", None)
+        if weight.registered_name != "ggml" or kind is None:
+            return self
+        return None if kind in ("f16", "bf16") else GgmlActivation("q8_k" if kind.endswith("_k") else "q8_0")
 
     def describe(self) -> str:
         return f"ggml {self.type} activation"

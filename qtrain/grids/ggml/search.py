@@ -2,41 +2,44 @@
 
     error = sum over values of weight * (x - value(nearest code))^2
 
-A scale that minimises it is not the range over the number of codes: a range a little smaller or larger, then fitted, does better. For
-given codes l the best scale, or scale and min, is a linear least-squares fit (Gauss's normal equations over a block):
+A scale that minimises it is not the range divided by the number of codes: a range a little smaller or larger, then fitted, does
+better. For given codes l the best scale, or scale and min, is a linear least-squares fit over the block, S(..) = sum of weight * ..:
 
-    x ~ scale * l            scale = S(xl) / S(ll)                                         S(..) = sum of weight * ..
-    x ~ scale * l - min      scale = (S(1) S(xl) - S(x) S(l)) / (S(1) S(ll) - S(l)^2), min likewise, and at least 0 in a K-type
+    x ~ scale * l            scale = S(xl) / S(ll)
+    x ~ scale * l - min      scale = (S(1) S(xl) - S(x) S(l)) / (S(1) S(ll) - S(l)^2), min likewise, and at least 0
 
 llama.cpp (make_qx_quants, make_q3_quants, make_qkx2_quants, make_qkx3_quants, make_qp_quants in ggml-quants.c) tries 16 to 37 ranges
-per sub-block, fits each, keeps the best, rounds the fitted scales to 6 bits under a float16 super-scale, and takes the nearest codes.
-What the rounding costs, it leaves. Here (`super_block`):
+per sub-block, fits each, keeps the best, rounds the fitted scales to 4, 6 or 8 bits under a float16 super-scale, and takes the nearest
+codes. What that rounding costs is lost. Here (`super_block`):
 
-    1. candidates    fewer ranges than llama.cpp's, the same fit; a symmetric block also with the scale's other sign
+    1. candidates    fewer ranges than llama.cpp's, the same fit; a symmetric block also with a scale of the other sign
     2. store         super-scale (and super-min) from the largest sub-block, as llama.cpp; sub-scales rounded to what is left
-    3. refit         for the codes and sub-scales so far, the super-scale and super-min of least error: a fit of 1 or 2 numbers to 256 values
-    4. refine        on those: each sub-block tries neighbouring sub-mins, each with the sub-scale that fits it best, then
-                     neighbouring sub-scales; every trial takes its nearest codes, and its error is measured, not estimated
+    3. refit         for the codes and sub-scales so far, the super-scale (and super-min) of least error: 1 or 2 numbers, 256 values
+    4. refine        each sub-block tries its two nearest sub-mins, each with the sub-scale that fits it best, then the sub-scales
+                     next to what it has; every trial takes its nearest codes, and its error is measured, not estimated
 
-3 and 4 are repeated, and nothing is kept unless the error of what is *stored* falls. Unlike llama.cpp's, a float16 super-scale that rounds
-badly is repaired by the sub-scales above it, and a super-scale too small for float16 becomes its least positive number.
+3 and 4 are done once for symmetric types and twice for those with a min, and nothing is kept unless the error of what is *stored*
+falls. A float16 super-scale that rounds badly is so repaired by the sub-scales above it; one too small for float16 becomes its least
+positive number, where llama.cpp stores zeros.
 
-Weights: none without importance, so that the error is the mean squared error of the weight. (llama.cpp takes |x|, x^2 or
-rms + |x|; the error that it then reports as least is not the least squared one.) With importance, the mean squared activation of each
-input channel, the error is that of the layer's output if channels are independent; the importance is divided by its mean, and a
-thousandth is added, so that a channel that calibration never saw is not given up.
+Weights: none without importance, so that the error is the weight's squared error. (llama.cpp weighs by |x|, x^2 or rms + |x|.)
+With importance, the mean squared activation of each input channel, the error is that of the layer's output if channels are independent
+(llama.cpp multiplies by sqrt(2 * mean square + x^2) besides). The importance is divided by its mean, and a thousandth is added, so that a
+channel that calibration never saw is not given up.
 
-Everything is float32. A candidate's error in step 1 comes from its sums, S(xx) - ..., which cancel where a block is nearly constant, so the
-first candidate (the plain range) stands unless another one is better by more than that noise; from step 2 on errors are sums of squared
-differences.
+Everything is float32 but the fit of step 3. A candidate's error in step 1 comes from its sums, S(xx) - ..., which cancel where a block is
+nearly constant, so the plain range stands unless another one is better by more than that noise; from step 2 on errors are sums of
+squared differences. Sums of 16 or 32 numbers may differ in the last bit with the number of threads, on other devices, and with the
+number of rows that are quantized together, and with them, rarely, a choice between scales that are equally good.
 
-Layout: a piece of 2^16 values is transposed, one sub-block per column (x_SN: s values of a sub-block, N sub-blocks), so that sums over
-a sub-block are sums of rows and every pass runs along the memory, within the L2 cache. Sub-block numbers are [P, n]: P super-blocks, n
-sub-blocks in each, N = P * n.
+Layout: a piece of 2^16 values is transposed, one sub-block per column (s values of a sub-block, N sub-blocks), so that sums over a
+sub-block are sums of rows, and every pass runs along the memory, within the L2 cache: 0.1 ns a value where a sum along the last
+dimension takes 0.4. Numbers of sub-blocks are [P, n]: P super-blocks, n sub-blocks in each, N = P * n; of super-blocks, [P, 1].
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,8 +64,9 @@ _UNSEEN = 1e-3
 _SYMMETRIC = (0.0, -0.8, 0.8)
 """Ranges to try: the largest value gets the largest code plus this, before it is rounded and clamped."""
 _WITH_MIN = (0.0, -0.8, -0.4, 0.4, 0.8)
-_WEIGHTED = (0.0, -1.5, -1.0, -0.6, -0.3, 0.3, 0.6, 1.0, 1.5)
+_SYMMETRIC_WEIGHTED = (0.0, -2.4, -1.6, -0.8, 0.8, 1.6, 2.4)
 """With weights the best range may be far from the plain one: a large value of small weight is clipped."""
+_WITH_MIN_WEIGHTED = (0.0, -0.8, -0.4, 0.4, 0.8, 1.4, 2.0)
 
 
 def super_block(x_RBS: Tensor, importance_BS: Tensor | None, kind: SuperBlock) -> Params:
@@ -89,7 +93,8 @@ def super_block(x_RBS: Tensor, importance_BS: Tensor | None, kind: SuperBlock) -
     joined = [torch.cat(parts) for parts in zip(*found, strict=True)]
     stored = {}
     for name, value in zip(kind.param_bits, joined, strict=True):
-        stored[name] = value.reshape(rows, -1).to(torch.int8 if name.startswith("sub_") else torch.float32)
+        dtype = torch.int8 if name.startswith("sub_") else torch.float32
+        stored[name] = value.reshape(rows, blocks * value.shape[1:].numel()).to(dtype)
     return stored
 
 
@@ -118,7 +123,7 @@ def _normalised(importance_BS: Tensor) -> Tensor | None:
     return None if not bool(mean > 0) else (importance_BS / mean).add_(_UNSEEN)
 
 
-class _Search:
+class _Search(ABC):
     """A piece with a sub-block per column, the buffers that passes over it write to, and the best stored numbers so far."""
 
     sums: int
@@ -142,29 +147,29 @@ class _Search:
         self.w = None if w_PV is None else buffers[4].copy_(w_PV.reshape(columns, size).t())
         self.moments = x_PV.new_empty(self.sums, columns)
 
+    @abstractmethod
     def candidates(self) -> tuple[Tensor, ...]:
         """Step 1: real-valued scale (and min) of the best range, [P, n]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def first(self, *real: Tensor) -> None:
         """Step 2: set ``supers`` and ``subs``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def refit(self, *sums: Tensor) -> None:
-        """Step 3."""
-        raise NotImplementedError
+        """Step 3, on the sums of a fit."""
 
+    @abstractmethod
     def refine(self, *sums: Tensor) -> None:
-        """Step 4."""
-        raise NotImplementedError
+        """Step 4, on the same."""
 
+    @abstractmethod
     def encode(self, supers: list[Tensor], subs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Nearest codes into ``codes``; returns the values that they stand for, [s, N], and the step, [N]. Codes matter where it is not 0."""
-        raise NotImplementedError
+        """Nearest codes into ``codes``; returns the values they stand for, [s, N], and the step, [N]. No code matters where it is 0."""
 
+    @abstractmethod
     def sum_codes(self, out: Tensor) -> None:
         """The sums of a fit to ``codes``, [sums, N]."""
-        raise NotImplementedError
 
     def store(self, sub_low: int, sub_high: int) -> list[Tensor]:
         """Steps 1 to 4: super-scale (and super-min) [P], sub-scales (and sub-mins) [P, n]."""
@@ -208,12 +213,8 @@ class _Search:
         """``real`` in units of a super-scale, rounded to what a sub-scale can be."""
         return (real * _inverse(unit)).round_().clamp_(least, self.sub_high)
 
-    def near(self, sub: Tensor, by: int, least: int) -> Tensor:
-        return (sub + by).clamp_(least, self.sub_high)
-
-    def weighted(self, x: Tensor) -> Tensor:
-        """weight * x in a buffer, or ``x`` itself."""
-        return x if self.w is None else torch.mul(self.w, x, out=self.v)
+    def weighted_codes(self) -> Tensor:
+        return self.codes if self.w is None else torch.mul(self.w, self.codes, out=self.v)
 
 
 class _Symmetric(_Search):
@@ -226,7 +227,7 @@ class _Symmetric(_Search):
         sxx = torch.mul(self.wx, self.x, out=self.v).sum(0)
         highest, lowest = self.x.amax(0), self.x.amin(0)
         inverse = _inverse(torch.where(highest > -lowest, highest, lowest))
-        ranges = _SYMMETRIC if self.w is None else _WEIGHTED
+        ranges = _SYMMETRIC if self.w is None else _SYMMETRIC_WEIGHTED
         goals = [self.low - r for r in ranges] + [self.high + r for r in ranges]
         sums = self.x.new_empty(len(goals), 2, len(inverse))
         for goal, out in zip(goals, sums, strict=True):
@@ -253,7 +254,7 @@ class _Symmetric(_Search):
         sxl, sll = sums
         self.try_subs(self.whole(sxl / sll.clamp_min(_TINY), self.supers[0], self.sub_low))
         for by in (-1, 1):
-            self.try_subs(self.near(self.subs[0], by, self.sub_low))
+            self.try_subs((self.subs[0] + by).clamp_(self.sub_low, self.sub_high))
 
     def encode(self, supers: list[Tensor], subs: list[Tensor]) -> tuple[Tensor, Tensor]:
         step = (supers[0] * subs[0]).view(-1)
@@ -262,7 +263,7 @@ class _Symmetric(_Search):
 
     def sum_codes(self, out: Tensor) -> None:
         torch.sum(torch.mul(self.wx, self.codes, out=self.v), 0, out=out[0])
-        torch.sum(torch.mul(self.weighted(self.codes), self.codes, out=self.v), 0, out=out[1])
+        torch.sum(torch.mul(self.weighted_codes(), self.codes, out=self.v), 0, out=out[1])
 
 
 class _WithMin(_Search):
@@ -282,7 +283,7 @@ class _WithMin(_Search):
         self.su = self.wx.sum(0)
         suu = torch.mul(self.wx, u, out=self.v).sum(0)
         inverse = _inverse(span)
-        ranges = _WITH_MIN if self.w is None else _WEIGHTED
+        ranges = _WITH_MIN if self.w is None else _WITH_MIN_WEIGHTED
         sums = u.new_empty(len(ranges), 3, len(span))
         for r, out in zip(ranges, sums, strict=True):
             torch.mul(u, inverse * (self.high + r), out=self.codes).round_().clamp_max_(self.high)
@@ -329,7 +330,7 @@ class _WithMin(_Search):
             scale = (sul + (unit * sub_min + lowest) * sl) / sll.clamp_min(_TINY)
             self.try_subs(self.whole(scale, self.supers[0], 0), sub_min)
         for by in (-1, 1):
-            self.try_subs(self.near(self.subs[0], by, 0), self.subs[1])
+            self.try_subs((self.subs[0] + by).clamp_(0, self.sub_high), self.subs[1])
 
     def encode(self, supers: list[Tensor], subs: list[Tensor]) -> tuple[Tensor, Tensor]:
         step, least = (unit * sub for unit, sub in zip(supers, subs, strict=True))
@@ -338,7 +339,7 @@ class _WithMin(_Search):
         return self.v, step.view(-1)
 
     def sum_codes(self, out: Tensor) -> None:
-        weighted = self.weighted(self.codes)
+        weighted = self.weighted_codes()
         torch.sum(weighted, 0, out=out[0])
         torch.sum(torch.mul(weighted, self.codes, out=self.v), 0, out=out[1])
         torch.sum(torch.mul(self.wx, self.codes, out=self.v), 0, out=out[2])

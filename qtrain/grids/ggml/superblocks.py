@@ -1,36 +1,36 @@
 """ggml's super-blocks of 256 values: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, the "K-types".
 
-A super-block is cut into sub-blocks of s values. Each sub-block has a small integer scale (and min); the super-block has float16 numbers that
-turn those into real ones:
+A super-block is cut into sub-blocks of s values. Each sub-block has a small integer scale (and min); the super-block has float16 numbers
+that turn those into real ones:
 
     with a min (q2_k q4_k q5_k)    value = (scale * sub_scale) * code - (min * sub_min)
     symmetric (q3_k q6_k)          value = (scale * sub_scale) * code
 
             s    codes      sub_scale     sub_min    bits per value
-    q2_k   16    0..3       0..15         0..15       2.625
-    q3_k   16    -4..3      -32..31                   3.4375
-    q4_k   32    0..15      0..63         0..63       4.5
-    q5_k   32    0..31      0..63         0..63       5.5
-    q6_k   16    -32..31    -128..127                 6.5625
+    q2_k   16    0..3       0..15         0..15      2.625
+    q3_k   16    -4..3      -32..31                  3.4375
+    q4_k   32    0..15      0..63         0..63      4.5
+    q5_k   32    0..31      0..63         0..63      5.5
+    q6_k   16    -32..31    -128..127                6.5625
 
-The parentheses are the order of the float32 operations, one rounding each, in llama.cpp's dequantize_row_q*_K (ggml-quants.c) and in the gguf
-package's dequantize, so decode equals both to the last bit. Codes on given scales are (x + min * sub_min) / (scale * sub_scale), divided,
-rounded half to even and clamped: what quantize_row_q*_K does last. Where a sub-block's scale is zero every code means the same value;
-llama.cpp writes whatever its search left there, we write code 0 (the value 0 or -min).
+The parentheses are the order of the float32 operations, one rounding each, in llama.cpp's dequantize_row_q*_K (ggml-quants.c) and in the
+gguf package's dequantize, so decode equals both to the last bit. Codes on given scales are (x + min * sub_min) / (scale * sub_scale),
+divided, rounded half to even and clamped: what quantize_row_q*_K does last. Where a sub-block's scale is zero every code means the same
+value; llama.cpp writes whatever its search left there, we write code 0.
 
-How the scales are chosen is `search.py`. It differs from llama.cpp's search, and its error is lower; the format is the same.
+How scales are chosen is `search.py`. It differs from llama.cpp's search, and its error is lower; the format is the same.
 
-Bytes of a super-block (uint8; h is float16, little-endian), where planes(bits) means that byte j holds code j in its lowest bits, code j + n
-in the next `bits` bits, and so on, n being the length of the plane, which starts anew every 64 or 128 codes:
+Bytes of a super-block; h is float16, little-endian. "planes(bits) of n" means that byte j holds code j in its lowest bits, code j + n in
+the next ones, and so on, and that this starts anew every 8 / bits * n codes:
 
-    q2_k    sub_scale | sub_min << 4  [16], codes in planes(2) of 32 [64], h(scale), h(min)
+    q2_k    sub_scale | sub_min << 4 [16], codes in planes(2) of 32 [64], h(scale), h(min)
     q3_k    bit 2 of code + 4 in planes(1) of 32 [32], its low bits in planes(2) of 32 [64], sub_scale + 32 [12], h(scale)
     q4_k    h(scale), h(min), sub_scale and sub_min [12], codes in planes(4) of 32 [128]
-    q5_k    h(scale), h(min), sub_scale and sub_min [12], bit 4 of the codes in planes(1) of 32 [32], low bits in planes(4) of 32 [128]
+    q5_k    h(scale), h(min), sub_scale and sub_min [12], bit 4 of codes in planes(1) of 32 [32], low bits in planes(4) of 32 [128]
     q6_k    low bits of code + 32 in planes(4) of 64 [128], high bits in planes(2) of 32 [64], sub_scale [16], h(scale)
 
-Shapes: R rows, B super-blocks per row, S = 256 values, N sub-blocks in a super-block, s values in a sub-block, b bytes. Parameters: scale and
-min float32 [R, B], sub_scale and sub_min int8 [R, B * N].
+Shapes: R rows, B super-blocks per row, S = 256 values, N sub-blocks in a super-block, s values in a sub-block, b bytes. Parameters:
+scale and min float32 [R, B], sub_scale and sub_min int8 [R, B * N].
 """
 
 from __future__ import annotations
@@ -253,14 +253,15 @@ def _codes(data: Tensor, bits: int, length: int) -> Tensor:
 
 def _six_bits(scale: Tensor, least: Tensor) -> Tensor:
     """Eight 6-bit scales and mins in 12 bytes: the first four of each have the top bits of the last four in their own."""
-    first, last = torch.stack((scale, least), dim=2).split(4, dim=-1)  # [R, B, 2, 4]
+    both = torch.stack((scale, least), dim=2)
+    first, last = both[..., :4], both[..., 4:]  # [R, B, 2, 4]
     low = last & 15
     return torch.cat(((first | last >> 4 << 6).flatten(2), low[:, :, 0] | low[:, :, 1] << 4), dim=-1)
 
 
 def _from_six_bits(data: Tensor) -> tuple[Tensor, Tensor]:
     """Undo `_six_bits`."""
-    first, low = data[..., :8].unflatten(-1, (2, 4)), data[..., 8:]
+    first, low = data[..., :8].reshape(*data.shape[:2], 2, 4), data[..., 8:]
     last = torch.stack((low & 15, low >> 4), dim=2) | first >> 6 << 4
     scale, least = torch.cat((first & 63, last), dim=-1).unbind(2)
     return scale, least

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporters.gguf import imatrix, libllama
-from exporters.gguf.imatrix import CHUNK, Entry, Imatrix
+from exporters.gguf import libllama
+from qtrain import imatrix
+from qtrain.imatrix import CHUNK, Entry, Imatrix
 
 
 def example() -> Imatrix:
