@@ -495,7 +495,7 @@ def test_bad_options_say_what_to_type(options: dict[str, Any], message: str) -> 
     [
         ({"stride": 65}, "data.stride is 65; it is from 1 to the context, 64 tokens.*Set data.stride=32"),
         ({"context": 200}, "data.context=200 is longer than the model reads, 128 tokens. Set data.context=128"),
-        ({"train": "short.txt"}, "data.train=.*short.txt has 1. tokens, too little for one sequence of 64"),
+        ({"train": "short.txt"}, "data.train=.*short.txt has 33 tokens, too little for one sequence of 64"),
     ],
 )
 def test_lengths_that_do_not_fit_say_what_to_type(tmp_path: Path, options: dict[str, Any], message: str) -> None:
