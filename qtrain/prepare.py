@@ -94,8 +94,7 @@ def prepare(
     misfits = []
     unswappable = _unswappable(model)
     for name, module in modules.items():
-        own = embedding if isinstance(module, nn.Embedding) else weight
-        grid = weight.get(name) if isinstance(weight, dict) else own
+        grid = _grid_of(name, module, weight, embedding)
         if grid is None:
             continue
         beside = activation if activation is None or not hasattr(activation, "beside") else activation.beside(grid)
@@ -119,6 +118,12 @@ def prepare(
     for name, layer in swaps.items():
         replace(model, name, layer)
     return list(swaps)
+
+
+def _grid_of(name: str, module: nn.Module, weight: Grid | dict[str, Grid], embedding: Grid | None) -> Grid | None:
+    if isinstance(weight, dict):
+        return weight.get(name)
+    return embedding if isinstance(module, nn.Embedding) else weight
 
 
 def _input_misfit(module: nn.Module, activation: Grid | None) -> str | None:

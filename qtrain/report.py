@@ -85,14 +85,22 @@ def print_summary(run: dict[str, Any], folder: Path) -> None:
         receipt = entry["receipt"]
         verdict = "[green]passed[/]" if receipt["passed"] else "[red]failed[/]"
         console.print(
-            f"receipt {entry['target']}: {verdict}, {receipt['tensors_bit_exact']} of {receipt['tensors']} tensors bit-exact, "
-            f"logits NMSE {_number(receipt['logits_nmse'], '.2g')}, top-1 agreement {_number(receipt['top1_agreement'], '.2%')}",
+            f"receipt {entry['target']}: {verdict}, {receipt['tensors_bit_exact']} of {receipt['tensors']} tensors bit-exact"
+            + _logits(receipt),
             soft_wrap=True,
         )
         for name, result in receipt.get("checks", {}).items():
             console.print(f"  {name}: {rich_escape(result)}", style="dim", soft_wrap=True)
         console.print(f"  {entry['path']}", soft_wrap=True)
     console.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+
+
+def _logits(receipt: dict[str, Any]) -> str:
+    """How near the logits are; nothing where PyTorch's were not computed (a streamed run)."""
+    if any(pair["training"] is None for pair in receipt["metric"].values()):
+        return ""
+    nmse, same = _number(receipt["logits_nmse"], ".2g"), _number(receipt["top1_agreement"], ".2%")
+    return f", logits NMSE {nmse}, top-1 agreement {same}"
 
 
 def _legend(run: dict[str, Any]) -> str:

@@ -301,4 +301,5 @@ def stream(config: Any, record: Record, folder: Path) -> None:
                 importance=scheme.importance,
             )
             _export(record, exporter, job)
+            record.data["stages"]["float"] = job.comparison.float_metrics
     record.data["quantized"] = rows(packed_layers(model).items())

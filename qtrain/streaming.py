@@ -157,7 +157,7 @@ def halved(skeleton: nn.Module) -> nn.Module:
     """Put every matrix of a skeleton on the grid of float16: the float file that a quantized one is compared with. In place."""
     from qtrain.grids.ggml import Ggml
 
-    chosen = {n: m for n, m in skeleton.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    chosen: dict[str, nn.Module] = {n: m for n, m in skeleton.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     prepare(skeleton, chosen, Ggml(type="f16"), Ggml(type="f16"))
     return skeleton
 
@@ -173,6 +173,8 @@ class RuntimeOnly:
     batches: list[Batch]
     sequences: list[list[int]] = field(init=False)
     runtime: Score = field(default_factory=Score)
+    float_metrics: dict[str, float] = field(default_factory=dict)
+    """The runtime's metrics of the float file, where there is one."""
 
     def __post_init__(self) -> None:
         self.sequences, self._labels = [], []

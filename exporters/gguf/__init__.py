@@ -97,7 +97,8 @@ class Gguf(Exporter):
             describe(model.config, pooling)  # first what a user can do nothing about
         super().preflight(model, task, processor)
         entries(model, self.float_type, pooling)
-        vocabulary(processor, int(model.config.get_text_config().vocab_size), self.pre_tokenizer)  # type: ignore[union-attr]
+        config: Any = model.config
+        vocabulary(processor, int(config.get_text_config().vocab_size), self.pre_tokenizer)
         self.runtime_version  # noqa: B018 (raises where there is none)
 
     def refusals(self, model: nn.Module) -> list[str]:

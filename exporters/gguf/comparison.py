@@ -109,7 +109,7 @@ def _llama(source: Source) -> dict[str, Callable[[str], bool]]:
             text = text.replace(token, "\0")
         return any(part.startswith((" ", SPACE)) for part in text.split("\0"))
 
-    found = {"llama.cpp puts a space before a text that begins with one, as SentencePiece does": begins}
+    found: dict[str, Callable[[str], bool]] = {"llama.cpp puts a space before a text that begins with one, as SentencePiece does": begins}
     if scheme == "first":
         found["llama.cpp puts a space after special tokens, as SentencePiece does"] = lambda text: any(t in text for t in tokens)
     return found

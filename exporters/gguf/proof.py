@@ -36,18 +36,34 @@ def prove(exporter: Gguf, job: ExportJob, artefact: Artefact, receipt: Receipt) 
     probe(artefact.path, embeddings=embeds)  # in a child process: llama.cpp aborts on some damaged files
     with Llama(artefact.path, context=room, threads=exporter.threads, embeddings=embeds) as llama:
         compare_outputs(exporter, job, llama, receipt)
+        alone = hasattr(job.comparison, "fresh")  # a streamed run: PyTorch never saw the model
         receipt.checks["tokenization"] = tokenization(exporter, job.processor, llama, receipt)
         if receipt.checks["tokenization"].startswith("failed"):
             receipt.failures.append(f"tokenization {receipt.checks['tokenization']}")
         if not embeds and receipt.passed and job.training_logits is not None:
             receipt.checks["generation"] = generation(job, llama, exporter.generate)
+    if alone and artefact.float_path is not None:
+        with Llama(artefact.float_path, context=room, threads=exporter.threads) as llama:
+            beside = job.comparison.fresh()
+            feed(job, llama, beside)
+            job.comparison.float_metrics = beside.result()["runtime"]
     if receipt.passed and not embeds:
         receipt.tokens_per_s = speed(exporter, artefact)
 
 
 def compare_outputs(exporter: Gguf, job: ExportJob, llama: Llama, receipt: Receipt) -> None:
-    """Feed llama.cpp's logits, or embeddings, of every sequence to the job's comparison."""
-    comparison, tolerances = job.comparison, exporter.tolerances
+    """Compare llama.cpp's logits, or embeddings, of every sequence with training's."""
+    feed(job, llama, job.comparison)
+    result, tolerances = job.comparison.result(), exporter.tolerances
+    if result["nmse"] is None:
+        receipt.metric = {name: {"training": None, "runtime": value} for name, value in result["runtime"].items()}  # type: ignore[dict-item]
+        return
+    receipt.add_agreement(result["nmse"], result["max_abs"], result["top1_agreement"], tolerances)
+    receipt.add_metrics(result["training"], result["runtime"], tolerances)
+
+
+def feed(job: ExportJob, llama: Llama, comparison: Any) -> None:
+    """Give a comparison what llama.cpp makes of its sequences."""
     for index, ids in enumerate(comparison.sequences):
         job.tell(f"llama.cpp on the evaluation text, {index + 1} of {len(comparison.sequences)} sequences")
         if job.task == "embedding":
@@ -55,12 +71,6 @@ def compare_outputs(exporter: Gguf, job: ExportJob, llama: Llama, receipt: Recei
             continue
         for start, logits in llama.logits_chunks(ids):
             comparison.add(index, start, logits)
-    result = comparison.result()
-    if result["nmse"] is None:  # a streamed run: there is no PyTorch to compare with
-        receipt.metric = {name: {"training": None, "runtime": value} for name, value in result["runtime"].items()}  # type: ignore[dict-item]
-        return
-    receipt.add_agreement(result["nmse"], result["max_abs"], result["top1_agreement"], tolerances)
-    receipt.add_metrics(result["training"], result["runtime"], tolerances)
 
 
 def tokenization(exporter: Gguf, tokenizer: Any, llama: Llama, receipt: Receipt) -> str:

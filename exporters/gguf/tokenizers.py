@@ -57,7 +57,7 @@ def tokenizer_json(tokenizer: Any) -> dict[str, Any]:
     Raises:
         ValueError: if it has none.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(backend, "to_str"):
         raise ValueError(
             f"{type(tokenizer).__name__} has no tokenizer.json, which a GGUF file is made from; make one (pip install sentencepiece, "

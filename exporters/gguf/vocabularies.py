@@ -133,7 +133,11 @@ def looks_special(token: str) -> bool:
 
 
 def _head(model: str, pre: str, texts: list[str], kinds: list[int], scores: list[float] | None = None) -> list[Key]:
-    keys = [("tokenizer.ggml.model", model, "string"), ("tokenizer.ggml.pre", pre, "string"), ("tokenizer.ggml.tokens", texts, "array")]
+    keys: list[Key] = [
+        ("tokenizer.ggml.model", model, "string"),
+        ("tokenizer.ggml.pre", pre, "string"),
+        ("tokenizer.ggml.tokens", texts, "array"),
+    ]
     if scores is not None:
         keys.append(("tokenizer.ggml.scores", scores, "array"))
     return [*keys, ("tokenizer.ggml.token_type", kinds, "array")]

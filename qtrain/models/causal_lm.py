@@ -114,8 +114,9 @@ class CausalLm(Pretrained):
         weights = Weights(Path(source))
         config = config.get_text_config()
         config.use_cache = False
+        auto: Any = transformers.AutoModelForCausalLM
         with quiet(), self._explained(source), torch.device("meta"):
-            model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model: nn.Module = auto.from_config(config, dtype=torch.float32)
         return model.eval(), weights
 
     def sample(self) -> Path:

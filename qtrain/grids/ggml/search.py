@@ -32,8 +32,8 @@ nearly constant, so the plain range stands unless another one is better by more 
 squared differences. Sums of 16 or 32 numbers may differ in the last bit with the number of threads, on other devices, and with the
 number of rows that are quantized together, and with them, rarely, a choice between scales that are equally good.
 
-Layout: a piece of 2^16 values per thread is transposed, one sub-block per column (s values of a sub-block, N sub-blocks), so that sums over a
-sub-block are sums of rows, and every pass runs along the memory, within the L2 cache: 0.1 ns a value where a sum along the last
+Layout: a piece of 2^16 values per thread is transposed, one sub-block per column (s values of a sub-block, N sub-blocks), so that sums
+over a sub-block are sums of rows, and every pass runs along the memory, within the L2 cache: 0.1 ns a value where a sum along the last
 dimension takes 0.4. Numbers of sub-blocks are [P, n]: P super-blocks, n sub-blocks in each, N = P * n; of super-blocks, [P, 1].
 """
 
