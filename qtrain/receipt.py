@@ -66,6 +66,13 @@ class Tolerances:
                 valid, example = ("a share from 0 to 1", 0.99) if share else ("0 or more", 0.001)
                 raise ValueError(f"tolerances.{name} is {value}; it must be {valid}. Set export.EXPORTER.tolerances.{name}={example}, say.")
 
+    def of(self, metric: str, value: float) -> float:
+        """Largest difference of a metric whose training's value is ``value``."""
+        if metric == "perplexity":
+            return self.perplexity * value
+        # where both sides name the same class for a share a of examples, their agreement with a third differs by at most 1 - a
+        return max(self.metric, 1 - self.top1_agreement) if metric == "agreement" else self.metric
+
     def for_activations(self) -> Tolerances:
         """The tolerances of a model whose activations the runtime quantizes."""
         return replace(
@@ -155,7 +162,7 @@ class Receipt:
         for name, value in training.items():
             other = runtime.get(name, math.nan)
             self.metric[name] = {"training": value, "runtime": other}
-            most = tolerances.perplexity * value if name == "perplexity" else tolerances.metric
+            most = tolerances.of(name, value)
             if not abs(value - other) <= most:
                 what = f"{name} is {other:.6g} in the runtime and {value:.6g} in training"
                 self.failures.append(f"{what}, the tolerance {most:.3g}")
