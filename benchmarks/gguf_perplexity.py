@@ -37,6 +37,7 @@ from qtrain.malloc import tune_malloc
 from qtrain.models.causal_lm import CausalLm
 from qtrain.quantizers.rtn import Rtn
 from qtrain.receipt import differing
+from qtrain.vision import mend_torchvision
 
 MIXES = (
     "q8_0",
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--no-imatrix", action="store_true")
     args = parser.parse_args()
     tune_malloc()
+    mend_torchvision()
     registry.load_all()
     text = Text(args)
     console.print(machine())

@@ -68,6 +68,7 @@ def write(path: Path, metadata: list[Key], entries: list[Entry], split_bytes: in
             data = entry.data()
             assert data.nbytes == entry.nbytes, f"{entry.name} has {data.nbytes} bytes, not {entry.nbytes}"
             writer.write_tensor_data(data)
+            del data  # before the next one is made
             done += entry.nbytes
     finally:
         writer.close()
