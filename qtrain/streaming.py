@@ -25,12 +25,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qtrain.evaluate import Batch, sqnr_db
+from qtrain.evaluate import Batch
 from qtrain.grids.base import Grid, Params, QuantizedTensor, require_finite
 from qtrain.language_task import IGNORED, Score
 from qtrain.layers import FakeEmbedding, fake_layers
 from qtrain.prepare import prepare, replace
 
+PIECE = 1 << 20
+"""Values that are decoded at once."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -93,8 +95,7 @@ class StreamedTensor:
                 raise ValueError(f"the weight of {self.name} has shape {list(w.shape)} in the file and {list(self.shape)} by config.json")
             params = None if self.importance is None else self.grid.choose(w, self.importance)
             q = self.grid.encode(w, params)
-            db = sqnr_db(w, q.decode())
-            self.sqnr_db = db if math.isfinite(db) else None
+            self.sqnr_db = _sqnr_db(w, q)
             self.held.append((self, q))
         return self.held[0][1]
 
@@ -111,6 +112,18 @@ class StreamedTensor:
     def decode(self) -> Tensor:
         """As of `QuantizedTensor`."""
         return self._encoded().decode()
+
+
+def _sqnr_db(w: Tensor, q: QuantizedTensor) -> float | None:
+    """As `qtrain.evaluate.sqnr_db`, some rows at a time; None where nothing was lost."""
+    signal = noise = 0.0
+    step = max(1, PIECE // w.shape[-1])
+    for start in range(0, len(w), step):
+        rows = slice(start, start + step)
+        values = QuantizedTensor(q.grid, q.codes[rows], {n: p[rows] for n, p in q.params.items()}).decode()
+        signal += float(w[rows].square().sum(dtype=torch.float64))
+        noise += float((w[rows] - values).square().sum(dtype=torch.float64))
+    return 10 * math.log10(max(signal, 1e-300) / noise) if noise else None
 
 
 class StreamedLayer(nn.Module):
