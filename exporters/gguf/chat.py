@@ -15,9 +15,10 @@ What is not found out: tools, images, reasoning. Text that a template strips aro
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 Messages = list[dict[str, str]]
@@ -80,6 +81,21 @@ def turns(tokenizer: Any) -> Turns | None:
         return None
     same = all(found.render(probe) == ask(probe) for probe in probes(found.system is not None) if ask.renders(probe))
     return found if same else None
+
+
+def stops(found: Turns, tokenizer: Any) -> list[str]:
+    """Texts at which the model's turn is over: what ends it, and what begins another; tokens where there are some."""
+    tokens, next_turn = _control(tokenizer), found.before_user.removeprefix(tokenizer.bos_token or "")
+    ends = _first(found.after_assistant, tokens) or found.after_assistant.strip()
+    begins = _first(next_turn, tokens) or next_turn.strip()
+    return [text for text in dict.fromkeys((ends, begins)) if text]
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """The token that ends the model's turn; null if there is no chat template, or no such token."""
+    found = turns(tokenizer)
+    text = "" if found is None else _first(found.after_assistant, _control(tokenizer))
+    return int(tokenizer.convert_tokens_to_ids(text)) if text else None
 
 
 def probes(system: bool) -> list[Messages]:
@@ -160,17 +176,23 @@ def _between(text: str, words: list[str]) -> list[str]:
     return [text[a:b] for a, b in zip(ends, [*at, len(text)], strict=True)]
 
 
-def _common(a: str, b: str) -> str:
-    """What both begin with."""
-    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
+def _common(tokens: list[str], *texts: str) -> str:
+    """What all texts begin with, in whole tokens."""
+    units = [re.findall("|".join([*map(re.escape, tokens), "."]), text, re.DOTALL) for text in texts]
+    return "".join(row[0] for row in takewhile(lambda row: len(set(row)) == 1, zip(*units, strict=False)))
 
 
 def _find(ask: _Asked) -> Turns:
-    words = [USERS[0], ASSISTANTS[0], USERS[1]]
+    words, tokens = [USERS[0], ASSISTANTS[0], USERS[1]], _control(ask.tokenizer)
     head, to_assistant, to_user, end = _between(ask(_talk(3)), words)
     alone = _between(ask.closed(_talk(1)), words[:1])[1]
-    before_user = _common(head[::-1], to_user[::-1])[::-1]
-    after_user = _common(_common(alone, to_assistant), end)
+    finished = _between(ask.closed(_talk(2)), words[:2])[2]
+    after_user, after_assistant = _common(tokens, alone, to_assistant, end), _common(tokens, finished, to_user)
+    while not head.endswith(to_user.removeprefix(after_assistant)):
+        after_assistant = after_assistant[:-1]  # what is left over begins the next turn
+        if not after_assistant and not head.endswith(to_user):
+            raise _Odd
+    before_user = to_user.removeprefix(after_assistant)
     last = _between(ask(_talk(2)), words[:2])[1]
     if not last.startswith(after_user):
         raise _Odd
@@ -179,7 +201,7 @@ def _find(ask: _Asked) -> Turns:
         "before_user": before_user,
         "after_user": after_user,
         "before_assistant": to_assistant.removeprefix(after_user),
-        "after_assistant": to_user.removesuffix(before_user),
+        "after_assistant": after_assistant,
         "last_assistant": last.removeprefix(after_user),
         "generation": end.removeprefix(after_user),
     }
@@ -202,3 +224,15 @@ def _system(ask: _Asked, start: str, before_user: str) -> tuple[tuple[str, str] 
     if not after.endswith(before_user):
         raise _Odd
     return (before, after.removesuffix(before_user)), "start"
+
+
+def _control(tokenizer: Any) -> list[str]:
+    """Special tokens, the longest first."""
+    added = tokenizer.added_tokens_decoder.values()
+    return sorted({str(t) for t in added if t.special or str(t).startswith("<")}, key=len, reverse=True)
+
+
+def _first(text: str, tokens: list[str]) -> str:
+    """The token that comes first in ``text``."""
+    at = {token: text.index(token) for token in tokens if token in text}
+    return min(at, key=lambda token: (at[token], -len(token)), default="")

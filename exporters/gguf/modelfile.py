@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from exporters.gguf.chat import Turns, turns
+from exporters.gguf.chat import Turns, stops, turns
 from exporters.gguf.tokenizers import surroundings
 
 
@@ -61,43 +61,40 @@ def template(found: Turns, bos: str = "") -> str:
     Args:
         bos: what is put before the text by itself.
     """
-    start = found.start.removeprefix(bos)
-    user = f"{_text(found.before_user)}%s{{{{ .Content }}}}{_text(found.after_user)}"
-    assistant = f"{_either('$last', found.last_assistant, found.before_assistant)}{{{{ .Content }}}}"
+    start, lead = found.start.removeprefix(bos), ""
+    if bos and not found.start and found.before_user.startswith(bos):
+        lead = bos  # every user's turn begins with it, and the first one has it already
     head, inside = _system(found, start, bos)
+    counts = bool(lead) or "$first" in inside
+    other = "not $first" if found.system is None or found.place != "start" else "or $.System (not $first)"
+    user = [_when(other, lead), _text(found.before_user.removeprefix(lead)), inside, "{{ .Content }}", _text(found.after_user)]
+    assistant = [
+        _either("$last", found.last_assistant, found.before_assistant),
+        "{{ .Content }}",
+        _when("not $last", found.after_assistant),
+    ]
     lines = [
-        head,
+        head + ("{{ $first := true }}" if counts else '{{ "" }}' if head and not head.endswith("}}") else ""),
         "{{- range $i, $_ := .Messages }}",
         "{{- $last := eq (len (slice $.Messages $i)) 1 }}",
-        f'{{{{- if eq .Role "user" }}}}{user % inside}'
-        f'{{{{ else if eq .Role "assistant" }}}}{assistant}{_when("not $last", found.after_assistant)}{{{{ end }}}}',
+        f'{{{{- if eq .Role "user" }}}}{"".join(user)}{"{{ $first = false }}" if counts else ""}'
+        f'{{{{ else if eq .Role "assistant" }}}}{"".join(assistant)}{{{{ end }}}}',
         f'{{{{- if and $last (ne .Role "assistant") }}}}{_text(found.generation)}{{{{ end }}}}',
         "{{- end }}",
     ]
     return "\n".join(line for line in lines if line)
 
 
-def stops(found: Turns, tokenizer: Any) -> list[str]:
-    """Texts at which the model's turn is over: the tokens that end it, and those that begin another."""
-    tokens = [t for t in _control(tokenizer) if t != getattr(tokenizer, "bos_token", None) or t in found.before_user]
-    ends = _first(found.after_assistant, tokens) or found.after_assistant.strip()
-    begins = _first(found.before_user, tokens) or found.before_user.strip()
-    return [text for text in dict.fromkeys((ends, begins)) if text]
-
-
 def _system(found: Turns, start: str, bos: str) -> tuple[str, str]:
     """What stands at the head, and inside the user's turn."""
     if found.system is None:
-        return _text(start) + ('{{ "" }}' if start else ""), ""
+        return _text(start), ""
     before, after = found.system
     said = f"{{{{ $.System }}}}{_text(after)}"
     if found.place == "start":
-        around = f"{{{{ if .System }}}}{_text(before.removeprefix(bos))}{said}"
-        return around + (f"{{{{ else }}}}{_text(start)}" if start else "") + "{{ end }}", ""
-    head = "{{ $first := true }}" if found.place == "first" else ""
-    head = (_text(start) + ('{{ "" }}' if start and not head else "")) + head
-    inside = f"{{{{ if and $.System {'$first' if found.place == 'first' else '$last'} }}}}{_text(before)}{said}{{{{ end }}}}"
-    return head, inside + ("{{ $first = false }}" if found.place == "first" else "")
+        either = f"{{{{ else }}}}{_text(start)}" if start else ""
+        return f"{{{{ if .System }}}}{_text(before.removeprefix(bos))}{said}{either}{{{{ end }}}}", ""
+    return _text(start), f"{{{{ if and $.System ${found.place} }}}}{_text(before)}{said}{{{{ end }}}}"
 
 
 def _text(text: str) -> str:
@@ -111,18 +108,6 @@ def _when(condition: str, text: str) -> str:
 
 def _either(condition: str, yes: str, no: str) -> str:
     return _text(no) if yes == no else f"{{{{ if {condition} }}}}{_text(yes)}{{{{ else }}}}{_text(no)}{{{{ end }}}}"
-
-
-def _control(tokenizer: Any) -> list[str]:
-    """Special tokens, the longest first."""
-    added = tokenizer.added_tokens_decoder.values()
-    return sorted({str(t) for t in added if t.special or str(t).startswith("<")}, key=len, reverse=True)
-
-
-def _first(text: str, tokens: list[str]) -> str:
-    """The token that comes first in ``text``."""
-    at = {token: text.index(token) for token in tokens if token in text}
-    return min(at, key=lambda token: (at[token], -len(token)), default="")
 
 
 def _comments(found: Turns) -> list[str]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from exporters.gguf.chat import end_of_turn
 from exporters.gguf.strings import varied_strings
 from exporters.gguf.vocabularies import Key, Source, tokens_of
 
@@ -31,8 +32,10 @@ SPECIAL = {
     "sep": "seperator_token_id",
     "pad": "padding_token_id",
     "mask": "mask_token_id",
+    "eot": "eot_token_id",
 }
-"""transformers' name -> llama.cpp's key (its spelling)."""
+"""transformers' name, and end of turn -> llama.cpp's key (its spelling). llama.cpp ends generation there too; it knows the ends of turns
+of many models by their text, but not of all."""
 
 
 def vocabulary(tokenizer: Any, n_vocab: int, pre: str | None = None) -> list[Key]:
@@ -95,6 +98,7 @@ def _special(tokenizer: Any, source: Source) -> list[Key]:
                 f"the tokenizer puts the tokens {before} before and {after} after a text; llama.cpp can put one each, BOS and EOS"
             )
         ids |= {name: found[0] for name, found in (("bos", before), ("eos", after)) if found}
+        ids["eot"] = end_of_turn(tokenizer)
         if ids["bos"] is None:
             ids["bos"] = ids["eos"]  # not added to texts, but llama.cpp would take token 11 for it
         around = [("tokenizer.ggml.add_bos_token", bool(before), "bool"), ("tokenizer.ggml.add_eos_token", bool(after), "bool")]

@@ -157,6 +157,8 @@ def _gpt2(source: Source) -> list[Key]:
     pre = source.pre or recognise(source.parts, source.clean_up)
     texts, kinds = _listed(source, lambda token: token, lambda i, token: NORMAL)
     pairs = _merges(model)
+    if not pairs:
+        raise ValueError("the tokenizer's BPE has no merges, and llama.cpp loads none without; use a tokenizer that was trained")
     if any(" " in part for pair in pairs for part in pair):
         raise ValueError("the tokenizer merges tokens with spaces in them, which llama.cpp's list of merges cannot hold")
     return [*_head("gpt2", pre, texts, kinds), ("tokenizer.ggml.merges", [f"{a} {b}" for a, b in pairs], "array")]

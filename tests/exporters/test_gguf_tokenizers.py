@@ -148,10 +148,6 @@ def test_probes_have_every_three_kinds_together() -> None:
 OTHER_SPELLINGS = {
     "qwen2": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
     "gpt-2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
-    "llama-bpe": (
-        r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-        r"|[^\r\n\p{N}\p{L}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\n\r]*|\s*[\n\r]+|\s+(?!\S)|\s+"
-    ),
 }
 
 
@@ -240,7 +236,7 @@ def test_sentencepiece(normalizer: Any, pre_tokenizer: Any, prefix: bool, beyond
     tokenizer = fast(sentencepiece(normalizer, pre_tokenizer, pieces()), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     found = in_llama_cpp(tmp_path, tokenizer)
     assert found.passed, found.describe()
-    assert len(found.beyond) == beyond
+    assert bool(found.beyond) == bool(beyond)
     keys = as_dict(vocabulary(tokenizer, len(tokenizer)))
     assert keys["model"] == "llama"
     assert keys["add_space_prefix"] is prefix
@@ -260,20 +256,20 @@ def test_runs_of_spaces_that_were_added_are_made_by_merges(tmp_path: Path) -> No
     assert found.passed, found.describe()
     assert not found.beyond
     types = as_dict(vocabulary(tokenizer, len(tokenizer)))["token_type"]
-    assert [types[vocab[SPACE * 4]], types[len(vocab)]] == [NORMAL, USER_DEFINED]
+    assert [types[vocab[SPACE * 4]], types[tokenizer.convert_tokens_to_ids("\n\n")]] == [NORMAL, USER_DEFINED]
 
 
 def test_bpe_with_byte_fallback_that_is_not_sentencepiece() -> None:
     parts = sentencepiece(PREPEND, None, pieces())
     parts["model"]["merges"] = parts["model"]["merges"][::3]
     with pytest.raises(ValueError, match="was not made by SentencePiece"):
-        vocabulary(fast(parts), 1000)
+        vocabulary(fast(parts), 3000)
     parts = sentencepiece({"type": "Sequence", "normalizers": [PREPEND, {"type": "NFKC"}]}, None, pieces())
     with pytest.raises(ValueError, match="normalizes with NFKC"):
-        vocabulary(fast(parts), 1000)
+        vocabulary(fast(parts), 3000)
     parts = sentencepiece(PREPEND, {"type": "Digits", "individual_digits": True}, pieces())
     with pytest.raises(ValueError, match=r"cuts text with cut|cuts text with Digits"):
-        vocabulary(fast(parts), 1000)
+        vocabulary(fast(parts), 3000)
 
 
 def test_stories15m(tmp_path: Path) -> None:
@@ -300,7 +296,7 @@ def test_unigram(spaces: bool, tmp_path: Path) -> None:
         trained.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     trained.train_from_iterator(
-        TRAINING, trainers.UnigramTrainer(vocab_size=500, special_tokens=special, unk_token="<unk>", show_progress=False)
+        TRAINING, trainers.UnigramTrainer(vocab_size=2000, special_tokens=special, unk_token="<unk>", show_progress=False)
     )
     trained.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = fast(trained, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
@@ -327,7 +323,8 @@ def test_wordpiece(lowercase: bool, tmp_path: Path) -> None:
     keys = as_dict(vocabulary(tokenizer, len(tokenizer)))
     assert keys["bos_token_id"] == tokenizer.cls_token_id
     assert keys["tokens"][2] == "[CLS]"
-    assert keys["tokens"][tokenizer.convert_tokens_to_ids("the" if lowercase else "The")] in (SPACE + "the", SPACE + "The")
+    word = next(token for token in sorted(tokenizer.get_vocab()) if token.isalpha())
+    assert keys["tokens"][tokenizer.convert_tokens_to_ids(word)] == SPACE + word
     trained.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
     with pytest.raises(ValueError, match=r"\[CLS\] before and \[SEP\] after"):
         vocabulary(fast(trained, **names), len(tokenizer))
@@ -386,8 +383,11 @@ def test_chat_templates() -> None:
     assert "chat_template" not in as_dict(vocabulary(tokenizer, 300))
     tokenizer.chat_template = "{{ messages }}"
     assert as_dict(vocabulary(tokenizer, 300))["chat_template"] == "{{ messages }}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ':' + m.content + '<|over|>' }}{% endfor %}{{ 'assistant:' }}"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|over|>"]})
+    assert as_dict(vocabulary(tokenizer, 310))["eot_token_id"] == 300
     tokenizer.chat_template = {"default": "a", "tool_use": "b"}
-    keys = as_dict(vocabulary(tokenizer, 300))
+    keys = as_dict(vocabulary(tokenizer, 310))
     assert [keys[k] for k in ("chat_template", "chat_template.tool_use", "chat_templates")] == ["a", "b", ["tool_use"]]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from exporters.gguf.chat import Messages, probes, turns
-from exporters.gguf.modelfile import modelfile, stops, template
+from exporters.gguf.chat import Messages, probes, stops, turns
+from exporters.gguf.modelfile import modelfile, template
 from tests.exporters.test_gguf_tokenizers import small
 
 # What models' own templates do, in our words; {S}, {U}, {A} are messages.
@@ -22,11 +22,6 @@ DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nB
 HEADERS = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m.role + '<|stop|>\n\n' + m.content | trim + '<|eot|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>\n\n' }}{% endif %}"
-)
-DATED = "{{ bos_token }}{{ '<|start|>system\nToday: ' + strftime_now('%d %b %Y') + '\n' }}" + (
-    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}{{ '<|eot|>' }}"
-    "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|eot|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
 IN_FIRST_USER = (
     "{% if messages[0].role == 'system' %}{% set s = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}{% set rest = messages[1:] %}"
@@ -63,7 +58,6 @@ TEMPLATES = {
     "chatml": (CHATML, ["<|im_end|>", "<|im_start|>"]),
     "default system": (DEFAULT_SYSTEM, ["<|im_end|>", "<|im_start|>"]),
     "headers": (HEADERS, ["<|eot|>", "<|start|>"]),
-    "dated": (DATED, ["<|eot|>", "<|start|>"]),
     "in the first user's turn": (IN_FIRST_USER, ["<|end|>", "[INST]"]),
     "in the last user's turn": (IN_LAST_USER, ["<|end|>", "[INST]"]),
     "no system": (NO_SYSTEM, ["<end>", "<start>"]),
@@ -173,6 +167,7 @@ class Go:
             "eq": lambda a, b: a == b,
             "ne": lambda a, b: a != b,
             "and": lambda a, b: a and b,
+            "or": lambda a, b: a or b,
             "not": lambda a: not a,
             "len": len,
             "slice": lambda a, b: a[b:],
@@ -280,7 +275,6 @@ def test_without_a_chat_template() -> None:
 
 
 def test_comments_say_what_is_not_there() -> None:
-    assert "# The chat template prints today's date" in modelfile(talking(DATED), "model.gguf", 10)
     assert "# The chat template has no place for a system message" in modelfile(talking(NO_SYSTEM), "model.gguf", 10)
 
 
