@@ -27,6 +27,8 @@ SYSTEM, USERS, ASSISTANTS = "Qsystemq", ("Quserq", "Qsecondq", "Qthirdq"), ("Qas
 """Words of the probes."""
 NOW = datetime(2024, 7, 26)
 """What templates that print the date are told: Llama 3's own default."""
+DATE = "strftime_now"
+"""The function with which they ask; transformers takes no other in its place, so that a macro of the same name goes before the template."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,10 @@ class _Asked:
     """The template, as a function of messages."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.dated = tokenizer, False
+        template = tokenizer.chat_template
+        template = template.get("default", "") if isinstance(template, dict) else template
+        self.tokenizer, self.dated = tokenizer, DATE in template
+        self._template = _fixed_date() + template if self.dated else None
 
     def __call__(self, messages: Messages) -> str:
         """The text after which the model writes.
@@ -152,11 +157,16 @@ class _Asked:
             raise _Odd from error
 
     def _render(self, messages: Messages, generation: bool) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, strftime_now=self._now))
+        given = {"chat_template": self._template} if self._template else {}
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **given))
 
-    def _now(self, form: str) -> str:
-        self.dated = True
-        return NOW.strftime(form)
+
+def _fixed_date() -> str:
+    """A macro that formats `NOW`."""
+    known = "".join(
+        f" | replace('{form}', '{NOW.strftime(form)}')" for form in ("%Y", "%m", "%d", "%B", "%b", "%A", "%a", "%H", "%M", "%S")
+    )
+    return f"{{% macro {DATE}(form) %}}{{{{ form{known} }}}}{{% endmacro %}}"
 
 
 def _talk(count: int, system: bool = False) -> Messages:

@@ -23,6 +23,12 @@ HEADERS = (
     "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m.role + '<|stop|>\n\n' + m.content | trim + '<|eot|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>\n\n' }}{% endif %}"
 )
+DATED = (
+    "{{ bos_token + '<|start|>system\nToday: ' + strftime_now('%d %b %Y') + '\n' }}"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set messages = messages[1:] %}{% endif %}{{ '<|eot|>' }}"
+    "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|eot|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
+)
 IN_FIRST_USER = (
     "{% if messages[0].role == 'system' %}{% set s = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}{% set rest = messages[1:] %}"
     "{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}"
@@ -58,6 +64,7 @@ TEMPLATES = {
     "chatml": (CHATML, ["<|im_end|>", "<|im_start|>"]),
     "default system": (DEFAULT_SYSTEM, ["<|im_end|>", "<|im_start|>"]),
     "headers": (HEADERS, ["<|eot|>", "<|start|>"]),
+    "dated": (DATED, ["<|eot|>", "<|start|>"]),
     "in the first user's turn": (IN_FIRST_USER, ["<|end|>", "[INST]"]),
     "in the last user's turn": (IN_LAST_USER, ["<|end|>", "[INST]"]),
     "no system": (NO_SYSTEM, ["<end>", "<start>"]),
@@ -203,11 +210,9 @@ def go(text: str, messages: Messages) -> str:
 
 def in_jinja(tokenizer: Any, messages: Messages) -> str:
     """The chat template's own text: after a user the model's turn begins; an assistant's last message is left open."""
-    from exporters.gguf.chat import NOW
-
-    now = NOW.strftime
     opens = messages[-1]["role"] == "user"
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens, strftime_now=now)
+    today = tokenizer.chat_template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
+    text = tokenizer.apply_chat_template(messages, chat_template=today, tokenize=False, add_generation_prompt=opens)
     return text if opens else text[: text.rindex(messages[-1]["content"]) + len(messages[-1]["content"])]
 
 
@@ -275,6 +280,7 @@ def test_without_a_chat_template() -> None:
 
 
 def test_comments_say_what_is_not_there() -> None:
+    assert "# The chat template prints today's date" in modelfile(talking(DATED), "model.gguf", 10)
     assert "# The chat template has no place for a system message" in modelfile(talking(NO_SYSTEM), "model.gguf", 10)
 
 

@@ -64,6 +64,8 @@ class SuperBlock(BlockType):
     """Largest sub-scale, and sub-min where there is one."""
     sub_offset: ClassVar[int] = 0
     """What the file's sub-scale has more than ours."""
+    by_magnitude: ClassVar[bool] = False
+    """Whether, without importance, the search weighs an error more where the value is large."""
     supers_first: ClassVar[bool] = False
     """Whether a block's bytes begin with its float16 numbers; they end with them otherwise."""
 
@@ -174,6 +176,7 @@ class Q3_K(SuperBlock):
     name, block_bytes, code_bits = "q3_k", 110, 3
     low, high, offset = -4, 3, 4
     sub, sub_low, sub_high, sub_offset = 16, -32, 31, 32
+    by_magnitude = True
     param_bits: ClassVar[dict[str, int]] = {"scale": 16, "sub_scale": 6}
 
     def _pack(self, codes: Tensor, *subs: Tensor) -> list[Tensor]:
