@@ -56,6 +56,7 @@ class SuperBlock(BlockType):
 
     block = SUPER
     searches = True
+    piece = 1 << 18  # so that a search on two threads fills its own pieces (see search.py)
     sub: ClassVar[int]
     """Values per sub-block, s."""
     sub_low: ClassVar[int]
@@ -95,7 +96,7 @@ class SuperBlock(BlockType):
         params = self.choose(x_RBS) if params is None else params
         step, least = self._levels(x_RBS.shape[:2], params)
         v = self._unrounded(x_RBS, step, least)
-        mask = (v <= self.high + 0.5).logical_and_(v >= self.low - 0.5)
+        mask = v.clamp(self.low - 0.5, self.high + 0.5) == v
         v.round_().clamp_(self.low, self.high).add_(0.0)  # codes have no -0.0, so neither may this
         return self._value(v, step, least).view(x_RBS.shape), mask.view(x_RBS.shape)
 
