@@ -56,6 +56,7 @@ class GraphScheme:
     activation: ClassVar[None] = None
     equalize: ClassVar[bool] = False
     bias_correction: ClassVar[bool] = False
+    imatrix: ClassVar[bool] = False
 
     defaults: list[Any] = field(default_factory=lambda: ["_self_", {"/grid@embedding": "int8"}])
     backend: str = "x86"
@@ -74,6 +75,8 @@ class GraphScheme:
         """What was not done as asked: [{"name", "why"}]."""
         self.details: dict[str, Any] = {}
         """What was done to the model, for run.json."""
+        self.importance: dict[str, Any] = {}
+        """See `qtrain.targets.Scheme`; torch's graph flows weigh nothing."""
         self.keep_float = [self.keep_float] if isinstance(self.keep_float, str) else list(self.keep_float)
         if self.backend not in BACKENDS:
             raise ValueError(f"quantizer.backend is {self.backend!r}; valid: {', '.join(BACKENDS)}. Set quantizer.backend=x86, say.")
@@ -89,6 +92,11 @@ class GraphScheme:
                 "quantizer.backend=xnnpack puts the factors of smoothquant themselves on a grid, and most of them at zero. Set "
                 "quantizer.backend=x86, or quantizer.smoothquant=null"
             )
+
+    @property
+    def moves_weights(self) -> bool:
+        """See `qtrain.targets.Scheme.moves_weights`."""
+        return self.trains or self.smoothquant is not None
 
     def transform(self, model: nn.Module, calibration: list[dict[str, Any]], keep_float: list[str]) -> nn.Module:
         """See `qtrain.targets.Scheme.transform`."""
