@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from qtrain.activations import FakeActivation, QuantizedActivation
 from qtrain.grids.base import Grid, Params, QuantizedTensor, require_finite
 from qtrain.grids.ste import learned_step, straight_through
+from qtrain.scaled_embedding import NAME as SCALE
+from qtrain.scaled_embedding import scale_of, scaled
 
 BIAS_STEPS = 2.0**30
 """Largest magnitude of a bias, in steps of s_x * s_w; int32 has twice as many."""
@@ -336,7 +338,12 @@ def fold(w: Tensor, b: Tensor | None, batch_norm: Any) -> tuple[Tensor, Tensor]:
 
 
 class FakeEmbedding(nn.Embedding, FakeLayer):
-    """`nn.Embedding` whose rows are fake-quantized; only the rows of the batch are, since no scale spans two rows."""
+    """`nn.Embedding` whose rows are fake-quantized; only the rows of the batch are, since no scale spans two rows.
+
+    Where the embedding multiplies its rows (`qtrain/scaled_embedding.py`), so does this, after they were fake-quantized.
+    """
+
+    embed_scale: float | Tensor | None
 
     def __init__(self, embedding: nn.Embedding, weight: Grid) -> None:
         nn.Module.__init__(self)
@@ -345,10 +352,14 @@ class FakeEmbedding(nn.Embedding, FakeLayer):
         self.weight, self.bias = embedding.weight, None
         self._set_up(weight, None)
         self.whole = getattr(weight, "granularity", "") == "tensor"
+        _keep_scale(self, scale_of(embedding), SCALE not in embedding._non_persistent_buffers_set)
         self.train(embedding.training)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., D]."""
+        return scaled(self._rows(ids), self.embed_scale)
+
+    def _rows(self, ids: Tensor) -> Tensor:
         if not self.quantize_now():
             return nn.Embedding.forward(self, ids)
         fake = self.weight_fake
@@ -357,6 +368,14 @@ class FakeEmbedding(nn.Embedding, FakeLayer):
         flat = ids.reshape(-1)
         params = None if fake.frozen is None else {name: p[flat] for name, p in fake.frozen.items()}
         return fake(nn.Embedding.forward(self, flat), params).reshape(*ids.shape, self.embedding_dim)
+
+
+def _keep_scale(module: nn.Module, scale: float | Tensor | None, persistent: bool) -> None:
+    """Set `embed_scale`; a tensor becomes a buffer, so that it follows the model to its device."""
+    if isinstance(scale, Tensor):
+        module.register_buffer(SCALE, scale, persistent)
+    else:
+        setattr(module, SCALE, scale)
 
 
 class QuantizedLayer(nn.Module):
@@ -452,16 +471,22 @@ class QuantizedEmbedding(QuantizedLayer):
     """An Embedding that holds integer codes."""
 
     kind = "embedding"
+    embed_scale: float | Tensor | None
+    """What decoded rows are multiplied by."""
 
-    def __init__(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, q: QuantizedTensor, dtype: torch.dtype = torch.float32, embed_scale: float | Tensor | None = None) -> None:
         super().__init__()
         self._store(q)
+        _keep_scale(self, embed_scale, persistent=False)
         self.num_embeddings, self.embedding_dim = q.shape
         self.dtype = dtype
         """Type of the output: that of the weight before it became codes."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., D]."""
+        return scaled(self._rows(ids), self.embed_scale)
+
+    def _rows(self, ids: Tensor) -> Tensor:
         q = self.quantized
         if all(len(p) == len(q.codes) for p in q.params.values()):  # gather first: rows are independent
             flat = ids.reshape(-1)

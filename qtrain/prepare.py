@@ -23,6 +23,7 @@ from qtrain.layers import (
     fake_activations,
     fake_layers,
 )
+from qtrain.scaled_embedding import multiplies
 
 SWAPPABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
 """Classes of modules that can be put on a grid."""
@@ -45,7 +46,8 @@ def _unswappable(model: nn.Module) -> Callable[[nn.Module], str | None]:
 
     def why(module: nn.Module) -> str | None:
         base = next(c for c in SWAPPABLE if isinstance(module, c))
-        if type(module).forward not in (base.forward, SmoothedLinear.forward):
+        known = type(module).forward in (base.forward, SmoothedLinear.forward)
+        if not known and not (isinstance(module, nn.Embedding) and multiplies(module)):
             return f"{type(module).__name__} has a forward of its own, which a fake-quantized {base.__name__} does not repeat"
         if not isinstance(module.weight, nn.Parameter):
             return "its weight is computed (a parametrization); remove it first, with torch.nn.utils.parametrize.remove_parametrizations"
@@ -204,7 +206,7 @@ def convert(model: nn.Module) -> nn.Module:
 
 def _converted(layer: FakeLayer, q: QuantizedTensor, bias: Any, bias_codes: Any, source: QuantizedActivation | None) -> nn.Module:
     if isinstance(layer, FakeEmbedding):
-        return QuantizedEmbedding(q, layer.weight.dtype)
+        return QuantizedEmbedding(q, layer.weight.dtype, layer.embed_scale)
     activation = None if layer.activation_fake is None else layer.activation_fake.converted()
     rest: dict[str, Any] = {"activation": activation, "bias_codes": bias_codes, "source": source}
     if isinstance(layer, FakeConv):

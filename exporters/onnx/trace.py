@@ -52,10 +52,13 @@ class StandIn(nn.Module):
             self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
         if layer.kind != "activation":
             self.width = layer.quantized.shape[1 if layer.kind == "embedding" else 0]
+        self.embed_scale = getattr(layer, "embed_scale", None)
 
     def forward(self, x: Tensor) -> Tensor:
         op = f"{DOMAIN}::Packed{self.layer_kind.capitalize()}"
         y = torch.onnx.ops.symbolic(op, (x,), {"layer": self.name}, dtype=torch.float32, shape=self._shape(x), version=1)
+        if self.embed_scale is not None:
+            return y * self.embed_scale
         return y if self.bias is None else y + self.bias
 
     def _shape(self, x: Tensor) -> tuple[Any, ...]:

@@ -74,6 +74,11 @@ class TorchaoQat(Scheme):
                 why = grid.check_shape(tuple(chosen[name].weight.shape))  # type: ignore[arg-type]
                 if why:
                     raise ValueError(f"{name}: {why}, or quantizer.keep_float=[{name}]")
+                if type(chosen[name]).forward is not kind.forward:
+                    raise ValueError(
+                        f"{name}: {type(chosen[name]).__name__} has a forward of its own, and torchao's fake-quantized {kind.__name__} "
+                        f"computes a plain {kind.__name__}'s. Set quantizer=qat, or quantizer.keep_float=[{name}]"
+                    )
             quantize_(model, QATConfig(_base(grid), step="prepare"), filter_fn=lambda _, name, names=names: name in names)
         return model, sorted(kept)
 
@@ -108,7 +113,7 @@ class TorchaoQat(Scheme):
         q = QuantizedTensor(self.embedding if is_embedding else self.weight, w.qdata, {"scale": w.scale.float()})
         return QuantizedEmbedding(q) if is_embedding else QuantizedLinear(q, module.bias)
 
-    def _kinds(self) -> list[tuple[type, Any]]:
+    def _kinds(self) -> list[tuple[Any, Any]]:
         return [(torch.nn.Linear, self.weight), (torch.nn.Embedding, self.embedding)]
 
 

@@ -71,6 +71,16 @@ def test_every_grid_is_bit_exact_in_every_storage(weights: str, tmp_path: Path) 
     assert receipt["logits_nmse"] < 1e-11
 
 
+@pytest.mark.parametrize("grid", [Affine(rule="signed_absmax"), Affine(bits=8, granularity="channel")], ids=["blocks", "rows"])
+def test_an_embedding_that_multiplies_its_rows(grid: Affine, tmp_path: Path) -> None:
+    from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+
+    model = Small()
+    model.embedding = BartScaledWordEmbedding(*model.embedding.weight.shape, 1, embed_scale=9.8)
+    receipt = QUICK.export(job(quantized(model, Affine(), grid), tmp_path))["receipt"]
+    assert receipt["passed"] and receipt["tensors"] == receipt["tensors_bit_exact"] == 2 and receipt["logits_nmse"] < 1e-11
+
+
 @pytest.mark.parametrize("weights", STORAGES)
 def test_codes_are_found_by_their_layers_name_and_no_float_weight_is_left(weights: str, tmp_path: Path) -> None:
     model = quantized(Small(), Affine(), Affine(bits=8, granularity="channel"))
