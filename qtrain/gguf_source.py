@@ -175,6 +175,23 @@ def check_complete(model: Any, header: Header) -> None:
         )
 
 
+def lost_by_dtype(header: Header, dtype: str) -> list[dict[str, str]]:
+    """Tensors whose values, read into a model of ``dtype`` (torch's name), are not on the file's grid any more: [{"name", "why"}]."""
+    from gguf import GGMLQuantizationType
+
+    from qtrain.grids.ggml import TYPES, Ggml
+
+    found = []
+    for tensor in header.tensors if dtype != "float32" else ():
+        kind = GGMLQuantizationType(tensor.type).name.lower()
+        why = Ggml(kind).check_dtype(getattr(torch, dtype)) if kind in TYPES and TYPES[kind].block > 1 else None
+        if why:
+            beside = "" if TYPES[kind].searches else f"; {why}"
+            told = f"the file has it on {kind}, whose values model.dtype={dtype} rounds{beside}"
+            found.append({"name": tensor.name, "why": f"{told}. Set model.dtype=float32"})
+    return found
+
+
 def unmark(model: Any) -> None:
     """Forget that the weights came from a GGUF file: they are plain floats now, and can be saved."""
     for holder, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):

@@ -27,6 +27,8 @@ from qtrain.scaled_embedding import multiplies
 
 SWAPPABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
 """Classes of modules that can be put on a grid."""
+ROWS = 8
+"""Rows of a weight that show whether a type holds the values of its grid."""
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -177,6 +179,24 @@ def one_row(model: nn.Module) -> nn.Module:
         if layer.bias is not None:
             layer.bias = nn.Parameter(layer.bias[:1].detach(), requires_grad=False)
     return model
+
+
+def lost_by_dtype(model: nn.Module) -> list[dict[str, str]]:
+    """Layers that compute with other values than the runtime, because their weights have 16 bits: [{"name", "why"}].
+
+    Their codes and scales are right, and files have them whole; what the model computes with here is decode(codes) in the weight's dtype.
+    """
+    found = []
+    for name, layer in fake_layers(model):
+        w, grid = layer.weight.detach(), layer.weight_fake.grid
+        if w.dtype == torch.float32:
+            continue
+        kept, values = str(w.dtype).removeprefix("torch."), grid.fake(w[:ROWS].float())
+        if not torch.equal(values.to(w.dtype).float(), values):
+            beside = None if grid.check_dtype(torch.float32) else grid.check_dtype(w.dtype)
+            told = "; ".join(filter(None, [f"its values are rounded to {kept} in training and evaluation, not in the runtime", beside]))
+            found.append({"name": name, "why": f"{told}. Set model.dtype=float32 and trainer.precision=32-true (or bf16-mixed)"})
+    return found
 
 
 def convert(model: nn.Module) -> nn.Module:

@@ -20,7 +20,7 @@ from qtrain.importance import weigh
 from qtrain.layers import fake_layers
 from qtrain.malloc import release
 from qtrain.module import Module
-from qtrain.prepare import one_row
+from qtrain.prepare import lost_by_dtype, one_row
 from qtrain.record import Record
 from qtrain.sensitivity import analyze, keep_most_harmful, print_analysis
 from qtrain.streaming import RuntimeOnly, halved, rows, streamed
@@ -70,6 +70,7 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     model = config.model.build(len(data.label_names), config.seed, data.label_names)
     for note in data.notes:
         record.note(note)
+    record.fallbacks(getattr(config.model, "fallbacks", []))
     fresh = getattr(config.model, "new_parameters", [])
     if fresh and config.finetune.epochs == 0:
         raise ValueError(
@@ -129,6 +130,7 @@ def quantize(setup: Setup, float_model: nn.Module) -> nn.Module:
     model = scheme.calibrate(model, calibration)
     record.data |= scheme.details
     record_fallbacks(setup)
+    record_dtypes(setup, model)
     return model
 
 
@@ -137,6 +139,11 @@ def record_fallbacks(setup: Setup) -> None:
     scheme = setup.config.quantizer
     setup.record.fallbacks(scheme.fallbacks)
     scheme.fallbacks = []
+
+
+def record_dtypes(setup: Setup, model: nn.Module) -> None:
+    """What 16-bit weights cost, unless it has been said: trainer.precision=bf16-true leaves its type behind."""
+    setup.record.fallbacks([lost for lost in lost_by_dtype(model) if lost not in setup.record.data["fallbacks"]])
 
 
 def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: Any = (), teacher: nn.Module | None = None) -> None:
@@ -165,6 +172,7 @@ def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: A
         callbacks=list(callbacks),
         resume=bool(config.resume),
     )
+    record_dtypes(setup, model)
     save_model(done, model, stage=stage)
     tidy(steps, keep=None)
     del module, optimizer

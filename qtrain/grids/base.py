@@ -110,6 +110,11 @@ class Grid(ABC):
     def check_shape(self, shape: tuple[int, ...]) -> str | None:
         """Why a tensor of this shape does not fit the grid, or None if it does."""
 
+    def check_dtype(self, dtype: torch.dtype) -> str | None:
+        """Why values of this grid that are kept in ``dtype`` have other codes or scales when they are encoded again; None if they have the
+        same, or the grid does not know."""
+        return None
+
     def fake(self, w: Tensor, params: Params | None = None) -> Tensor:
         """Fake-quantize: forward is decode(encode(w)) to the bit; the gradient passes straight through where nothing was clipped."""
         from qtrain.grids.ste import straight_through

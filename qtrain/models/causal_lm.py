@@ -62,6 +62,8 @@ class CausalLm(Pretrained):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.fallbacks: list[dict[str, str]] = []
+        """What loading could not do as asked: [{"name", "why"}]."""
         self._header: Any = None
         self._repaired: Any = None
         if self.dtype not in DTYPES:
@@ -90,6 +92,7 @@ class CausalLm(Pretrained):
             log.warning("%d tensors of %s have no place in the model and were left out, the first %s", len(extra), source, extra[0])
         if self._header is not None:
             gguf_source.check_complete(model, self._header)
+            self.fallbacks = gguf_source.lost_by_dtype(self._header, self.dtype)
         _require_finite(model, source)
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = _tied(model)

@@ -268,6 +268,7 @@ def test_check_dtype_says_what_is_lost() -> None:
     assert Ggml("q4_0").check_dtype(torch.float16) is None and Ggml("bf16").check_dtype(torch.bfloat16) is None
     assert "save float32 or float16" in (Ggml("q4_0").check_dtype(torch.bfloat16) or "")
     assert "save float32" in (Ggml("q8_0").check_dtype(torch.float16) or "")
+    assert "does not hold every value of f16" in (Ggml("f16").check_dtype(torch.bfloat16) or "")
     for name, block_type in TYPES.items():
         if block_type.searches:
             assert "keep the codes" in (Ggml(name).check_dtype(torch.float32) or "")

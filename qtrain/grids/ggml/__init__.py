@@ -21,6 +21,9 @@ computes with the weight that training saw.
     float16     Q4_0 and Q5_0, whose peak is a power of two times the scale; but 0.7 % of Q8_0's scales change, and more of Q4_1's
     bfloat16    none: it keeps 8 bits of a value, so nearly every scale changes
     any         K-types search their scales anew: keep their codes, or their parameters, rather than decoded values
+
+A run keeps codes, never decoded values. Where it has such values in a shorter type all the same it says so: weights of a 16-bit model
+(`prepare.lost_by_dtype`), and those that a GGUF file was read into (`gguf_source.lost_by_dtype`).
 """
 
 from __future__ import annotations
@@ -91,8 +94,8 @@ class Ggml(BlockGrid):
             return None
         if self.searches:
             return f"{self.type} searches its scales anew in decoded values: keep the codes, or encode on the stored parameters"
-        valid = f"save {' or '.join(survives)}" if survives else "keep the codes"
-        return f"{name} does not hold what the scales of {self.type} can be read from: {valid}"
+        held = "what the scales of {} can be read from" if self.block_type.param_bits else "every value of {}"
+        return f"{name} does not hold {held.format(self.type)}: save {' or '.join(survives)}"
 
 
 from qtrain.grids.ggml.activation import GgmlActivation  # noqa: E402
