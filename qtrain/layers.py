@@ -177,6 +177,8 @@ class FakeLayer(nn.Module):
             return None, None
         learned = self.weight_fake.params()
         params = dict(self.weight_fake.grid.choose(w.detach()) if learned is None else learned)
+        if params.keys() - {"zero_point"} != {"scale"}:  # 16-bit floats have none, super-blocks and mins more: no integer sum of one scale
+            return None, None
         scale = params["scale"]
         if scale.shape[-1] != 1 or scale.shape[0] not in (1, len(w)):  # groups along a row: integer sums have no one scale
             return None, None

@@ -11,6 +11,7 @@ from qtrain import graph
 from qtrain.activations import FakeActivation, QuantizedActivation, calibrate
 from qtrain.callbacks import FakeQuantSchedule
 from qtrain.grids.affine import Affine, Int8, Int8Activation
+from qtrain.grids.ggml import Ggml
 from qtrain.layers import BIAS_STEPS, FakeConv, QuantizedConv, QuantizedLinear, fold
 from qtrain.quantizers.ptq_dynamic import PtqDynamic
 from qtrain.quantizers.ptq_static import PtqStatic
@@ -255,6 +256,39 @@ def test_weights_in_groups_leave_the_bias_in_float() -> None:
     assert scheme.convert(prepared(scheme)).get_submodule("head").bias_codes is not None
     scheme = PtqStatic(weight=Affine(4, group_size=4), activation=Int8Activation(), include=["head"])
     assert scheme.convert(prepared(scheme)).get_submodule("head").bias_codes is None
+
+
+class Wide(nn.Module):
+    """A convolution and a head of that width, so that blocks of 256 fit."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.pool, self.head = nn.Conv2d(3, width, 1), nn.AdaptiveAvgPool2d(1), nn.Linear(width, 4)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.head(torch.flatten(self.pool(F.relu(self.conv(pixel_values))), 1))
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_1", "q4_k", "q6_k"])
+def test_the_bias_is_an_integer_only_where_the_weight_is_one_scale_times_codes(kind: str) -> None:
+    scheme = PtqStatic(weight=Ggml(kind), activation=Int8Activation(), include=["head"])
+    made = prepared(scheme, Wide(256 if kind.endswith("k") else 32))
+    before, bias = made(images()), made.get_submodule("head").bias.detach().clone()
+    made.train()(images()).sum().backward()
+    head = scheme.convert(made).get_submodule("head")
+    assert torch.equal(made(images()), before)
+    assert (head.bias_codes is not None) == (kind == "q8_0")
+    assert torch.equal(head.bias, bias) == (kind != "q8_0")
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_16_bit_floats_behind_static_activations(kind: str) -> None:
+    scheme = PtqStatic(weight=Ggml(kind), activation=Int8Activation())
+    made = prepared(scheme)
+    before = made(images())
+    assert torch.equal(scheme.convert(made)(images()), before)
+    assert made.get_submodule("stem").bias_codes is None
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------------
