@@ -17,6 +17,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -52,20 +54,27 @@ def save(folder: Path, tree: dict[str, Any]) -> None:
         OSError: if the disk is full or not writable; ``folder`` is then as it was before.
         TypeError: for a value that is none of the above.
     """
-    folder = Path(folder)
+    with staged(Path(folder)) as temporary:
+        tensors: dict[str, Tensor] = {}
+        rest = _strip(tree, "", tensors, {})
+        try:
+            save_file(tensors, temporary / TENSORS)
+        except SafetensorError as error:
+            raise OSError(f"checkpoint {folder} could not be written: {error}. Free disk space, or set run_dir to another disk") from error
+        document = {"format": 1, "versions": versions(), "sha256": _digest(temporary / TENSORS), "tree": rest}
+        (temporary / REST).write_text(json.dumps(document))
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes ``folder`` when all went well, and nothing if not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        tensors: dict[str, Tensor] = {}
-        rest = _strip(tree, "", tensors, {})
-        save_file(tensors, temporary / TENSORS)
-        document = {"format": 1, "versions": versions(), "sha256": _digest(temporary / TENSORS), "tree": rest}
-        (temporary / REST).write_text(json.dumps(document))
+        yield temporary
         os.chmod(temporary, 0o755)
         remove(folder)
         os.replace(temporary, folder)
-    except SafetensorError as error:
-        raise OSError(f"checkpoint {folder} could not be written: {error}. Free disk space, or set run_dir to another disk") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -112,10 +121,27 @@ def tidy(folder: Path, keep: Path | None) -> None:
 
 
 def save_model(folder: Path, model: nn.Module, **extra: Any) -> None:
-    """Save weights or codes of ``model``, the grid of every layer on one, scales that training froze, and ``extra`` plain values."""
+    """Save weights or codes of ``model``, the grid of every layer on one, scales that training froze, and ``extra`` plain values.
+
+    Of a model with an adapter, only what is trained.
+    """
     grids = _grids(model)
     frozen = {name: layer.weight_fake.frozen for name, layer in fake_layers(model)}
-    save(folder, {"state": dict(model.state_dict()), "grids": grids, "frozen": frozen, **extra})
+    save(folder, {"state": moving_state(model), "grids": grids, "frozen": frozen, **extra})
+
+
+def moving_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """What a checkpoint of ``model`` holds: everything, or, beside a frozen base (`qtrain/lora.py`), what is trained."""
+    state = dict(model.state_dict())
+    if has_adapter(model):
+        trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        state = {name: value for name, value in state.items() if name in trained}
+    return {prefix + name: value for name, value in state.items()}
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether peft's layers are in it."""
+    return hasattr(model, "peft_config")
 
 
 def _grids(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -140,7 +166,9 @@ def load_weights(folder: Path, model: nn.Module) -> dict[str, Any]:
             f"{present.get(different[0], 'float')} ({len(different)} layers differ). Load it with the config saved beside it"
         )
     try:
-        model.load_state_dict(tree["state"])
+        report = model.load_state_dict(tree["state"], strict=not has_adapter(model))
+        if has_adapter(model) and set(report.missing_keys) & moving_state(model).keys():
+            raise RuntimeError(f"it has no {sorted(set(report.missing_keys) & moving_state(model).keys())[0]}")
     except RuntimeError as error:
         raise ValueError(f"checkpoint {folder} does not fit the model: {str(error).splitlines()[-1].strip()}") from error
     for name, layer in fake_layers(model):

@@ -44,6 +44,8 @@ class Config:
     """How the float model is fine-tuned before quantization; epochs=0 for a model that is trained already."""
     quantizer: Any = MISSING
     """Which value of the grid each weight gets."""
+    adapter: Any = None
+    """Matrices to train beside the frozen model (adapter=lora); null trains, or only rounds, the model's own weights."""
     stream: bool = False
     """Quantize and export a language model tensor by tensor, never whole in memory; perplexity is then measured in the runtime alone."""
     analyze: bool = False

@@ -206,18 +206,24 @@ class FakeLinear(nn.Linear, FakeLayer):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.register_buffer("inverse_smoothing", getattr(linear, "inverse_smoothing", None))
+        self.inside: list[Callable[[Tensor], Tensor]] = []
+        """Where an adapter is trained inside the weight: what makes the float weight to round of `weight` (`qtrain/lora.py`)."""
         self._set_up(weight, activation)
         self.train(linear.training)
+
+    def folded(self) -> tuple[Tensor, Tensor | None]:
+        """Float weight and bias, with the adapter that is inside the weight."""
+        return (self.inside[0](self.weight) if self.inside else self.weight), self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
         if self.inverse_smoothing is not None:
             x = x * self.inverse_smoothing
         if not self.quantize_now():
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, *self.folded())
         if self.activation_fake is not None:
             x = self.activation_fake(x)
-        return F.linear(x, *self.on_grid(self.weight, self.bias))
+        return F.linear(x, *self.on_grid(*self.folded()))
 
 
 class SmoothedLinear(nn.Linear):
@@ -442,13 +448,38 @@ class QuantizedLinear(QuantizedProduct):
         self.out_features, self.in_features = q.shape
         self.register_buffer("inverse_smoothing", inverse_smoothing)
 
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, float32 [O, I], made when it is asked for: peft's layers look at that of their base."""
+        return self.quantized.decode()
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
         if self.inverse_smoothing is not None:
             x = x * self.inverse_smoothing
         if self.activation_fake is not None:
             x = self.activation_fake(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            y: Tensor = _FrozenProduct.apply(x, self)  # type: ignore[no-untyped-call]
+            return y
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., I], as it is, times the decoded weight."""
         return F.linear(x, self.quantized.decode().to(x.dtype), self.bias)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """Lets the gradient through a product with codes, and keeps the codes for it, not the decoded weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return (grad @ ctx.layer.quantized.decode().to(grad.dtype)).to(ctx.dtype), None
 
 
 class QuantizedConv(QuantizedProduct):

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from qtrain.checkpoint import has_adapter, moving_state
 from qtrain.evaluate import Batch, logits_of
 from qtrain.fit import Fit
 from qtrain.tasks import TASK, Task
@@ -42,8 +43,34 @@ class Module(LightningModule):
         self.temperature = temperature
         self.steps = 0
         """Optimizer steps of the stage, known when training starts."""
+        self.strict_loading = not has_adapter(model)
         # in a list: neither a submodule, nor in checkpoints, nor put in training mode
         self._teacher = [teacher.eval()] if teacher is not None and distill_weight > 0 else []
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What a checkpoint holds: of a model with an adapter, only what is trained."""
+        if has_adapter(self.model):
+            return moving_state(self.model, "model.")
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        return state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say which base an adapter belongs to."""
+        if has_adapter(self.model):
+            checkpoint["base_sha256"] = self.model.base_sha256
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse an adapter of another base.
+
+        Raises:
+            ValueError: naming both hashes.
+        """
+        was = checkpoint.get("base_sha256")
+        if has_adapter(self.model) and was != self.model.base_sha256:
+            raise ValueError(
+                f"the checkpoint holds an adapter of another base (sha256 {str(was)[:12]}…) than this one "
+                f"({str(self.model.base_sha256)[:12]}…). Start a new run (run_dir=…), or put model.path and quantizer back as they were"
+            )
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Keyword inputs -> logits [N, C]."""

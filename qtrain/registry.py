@@ -21,6 +21,7 @@ T = TypeVar("T", bound=type)
 PACKAGES = {
     "grid": "qtrain.grids",
     "quantizer": "qtrain.quantizers",
+    "adapter": "qtrain.adapters",
     "model": "qtrain.models",
     "data": "qtrain.data",
     "export": "exporters",

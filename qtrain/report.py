@@ -12,7 +12,16 @@ from rich.table import Table
 
 from qtrain.console import console
 
-STAGES = {"float": "float", "ptq": "PTQ (rounded)", "qat": "QAT", "converted": "converted"}
+STAGES = {
+    "float": "float",
+    "ptq": "PTQ (rounded)",
+    "qat": "QAT",
+    "adapter": "with adapter",
+    "merged_float": "merged, float",
+    "merged_rounded": "merged, rounded",
+    "merged_consistent": "merged",
+    "converted": "converted",
+}
 METRICS = {
     "accuracy": "accuracy",
     "perplexity": "perplexity",

@@ -14,10 +14,13 @@ from qtrain import sweep
 from qtrain.config import Config
 from qtrain.console import console
 from qtrain.files import refuse_used
+from qtrain.lazy import lazy_import
 from qtrain.malloc import tune_malloc
 from qtrain.record import Record
 from qtrain.report import print_summary, write_html
 from qtrain.stages import convert, export, fit_stage, load, measure, preflight, quantize, stream, validate
+
+tuning = lazy_import("qtrain.tuning")  # peft takes a second to import
 
 
 def run(config: Config, resolved: dict[str, Any], folder: Path) -> float:
@@ -49,6 +52,8 @@ def pipeline(config: Config, record: Record, folder: Path) -> float:
         return finish(record, folder, math.nan)
     with record.stage("data and model"):
         setup, float_model = load(config, record, folder)
+        if config.adapter is not None:
+            tuning.check(setup)
         preflight(setup, float_model)
     with record.stage("float"):
         fit_stage(setup, "float", float_model, config.finetune)
@@ -57,13 +62,16 @@ def pipeline(config: Config, record: Record, folder: Path) -> float:
     with record.stage("ptq"):
         model = quantize(setup, float_model)
         outputs = measure(setup, "ptq", model, float_outputs)
-    if scheme.trains:
+    if config.adapter is not None:
+        with record.stage("adapter"):
+            model, outputs = tuning.tune(setup, model, float_model, float_outputs)
+    elif scheme.trains:
         with record.stage("qat"):
             fit_stage(setup, "qat", model, scheme.fit, scheme.callbacks(), teacher=float_model)
             outputs = measure(setup, "qat", model, float_outputs)
     with record.stage("convert"):
         model, outputs = convert(setup, model, outputs, float_model)
-        if not scheme.exact:
+        if not setup.scheme.exact:
             outputs = measure(setup, "converted", model, float_outputs)
         record.data["validation"] = validate(setup, model, float_model)
     for name, exporter in config.export.items():

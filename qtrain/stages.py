@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,10 @@ class Setup:
     task: Task
     processor: Any
     """The model's tokenizer, or its `ImageSpec`."""
+    scheme: Any
+    """The quantizer whose work is converted and exported: the run's, or, where an adapter was merged, that of the merged model."""
+    starts: dict[str, Any] = field(default_factory=dict)
+    """Where the base was chosen together with its adapter (`qtrain/loftq.py`): layer -> A, B."""
 
 
 def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
@@ -72,7 +76,7 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
         record.note(note)
     record.fallbacks(getattr(config.model, "fallbacks", []))
     fresh = getattr(config.model, "new_parameters", [])
-    if fresh and config.finetune.epochs == 0:
+    if fresh and config.finetune.epochs == 0 and config.adapter is None:
         raise ValueError(
             f"finetune.epochs=0, but {len(fresh)} parameters of the model are new and untrained, the first {fresh[0]}. "
             "Set finetune.epochs=2, say, or model.path to a model with a trained classifier"
@@ -81,12 +85,19 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     wants_gpu = config.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
     device = torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
     judged.check(model, batches)
-    return Setup(config, record, folder, data, device, batches, judged, processor), model
+    return Setup(config, record, folder, data, device, batches, judged, processor, config.quantizer), model
 
 
 def preflight(setup: Setup, model: nn.Module) -> None:
     """Find in seconds what would fail after minutes: patterns, shapes, and exporters that cannot hold the grids."""
-    scheme = copy.deepcopy(setup.config.quantizer)
+    config = setup.config
+    scheme = copy.deepcopy(config.quantizer)
+    if config.adapter is not None:
+        merging = config.adapter.merging(scheme)
+        scheme = copy.deepcopy(config.adapter.deploy) if merging == "rounded" else scheme
+        if merging in ("apart", "float"):
+            _preflight_exports(setup, model)
+            return
     example = setup.data.example_inputs(2)
     always = setup.config.model.always_float(model)
     if setup.task.name == "classification":
@@ -94,6 +105,10 @@ def preflight(setup: Setup, model: nn.Module) -> None:
     else:  # rows are rounded one by one, so one of each weight shows what all would
         trial, _ = scheme.prepare(_copy(model, share=True), always, example)
         trial = scheme.convert(one_row(trial))
+    _preflight_exports(setup, trial)
+
+
+def _preflight_exports(setup: Setup, trial: nn.Module) -> None:
     for exporter in setup.config.export.values():
         exporter.preflight(trial, setup.task.name, setup.processor)
 
@@ -118,9 +133,12 @@ def _copy(model: nn.Module, share: bool) -> nn.Module:
 def quantize(setup: Setup, float_model: nn.Module) -> nn.Module:
     """Put a copy of ``float_model`` on the grid: transform, find out what to keep in float, prepare, calibrate."""
     config, record = setup.config, setup.record
-    scheme, always = config.quantizer, config.model.always_float(float_model)
+    scheme, always = setup.scheme, config.model.always_float(float_model)
     calibration = [inputs for inputs, _ in setup.data.calibration_dataloader()] if scheme.needs_data else []
-    model = scheme.transform(_copy(float_model, share=not scheme.moves_weights), calibration, always)
+    near = config.adapter is not None and config.adapter.init == "loftq"
+    model = scheme.transform(_copy(float_model, share=not (scheme.moves_weights or near)), calibration, always)
+    if near:
+        setup.starts = loftq(setup, model, always)
     if config.analyze or scheme.automatic:
         rows = analyze(scheme, model, always, calibration, list(setup.data.val_dataloader()), config.analyze_examples, setup.task)
         record.data["analysis"] = rows
@@ -134,9 +152,20 @@ def quantize(setup: Setup, float_model: nn.Module) -> nn.Module:
     return model
 
 
+def loftq(setup: Setup, model: nn.Module, always: list[str]) -> dict[str, Any]:
+    """Base and adapter together near the float model; the adapter's first values by layer."""
+    from qtrain.loftq import start_near
+    from qtrain.lora import targets
+
+    options = setup.config.adapter
+    grids = setup.scheme.weight_grids(model, always)
+    names = targets(model, options.target_modules, [*always, *options.modules_to_save])
+    return start_near(model, {n: grids[n] for n in names if n in grids}, options.rank, options.scaling, options.loftq_iterations)
+
+
 def record_fallbacks(setup: Setup) -> None:
     """What the quantizer could not do as asked, since it was last asked."""
-    scheme = setup.config.quantizer
+    scheme = setup.scheme
     setup.record.fallbacks(scheme.fallbacks)
     scheme.fallbacks = []
 
@@ -197,7 +226,7 @@ def validate(setup: Setup, model: nn.Module, float_model: nn.Module) -> dict[str
 
 def convert(setup: Setup, model: nn.Module, outputs: Any, float_model: nn.Module) -> tuple[nn.Module, Any]:
     """Integer codes instead of fake-quant, the proof that no bit of any output changed, and the outputs."""
-    scheme = setup.config.quantizer
+    scheme = setup.scheme
     trained = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
     trained |= {f"{name}.weight": layer.folded()[0].detach() for name, layer in fake_layers(model)}
     model = scheme.convert(model).to(setup.device)
@@ -234,18 +263,18 @@ def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module
         folder=setup.folder / "exports",
         max_length=config.model.max_positions(model),
         vocab_size=config.model.vocabulary(model),
-        metadata=_metadata(config),
+        metadata=_metadata(config, setup.scheme),
         task=setup.task.name,
         processor=setup.processor,
         comparison=setup.task.comparison(outputs, setup.batches, float_outputs),
-        importance=config.quantizer.importance,
+        importance=setup.scheme.importance,
     )
     _export(setup.record, exporter, job)
 
 
-def _metadata(config: Any) -> dict[str, str]:
+def _metadata(config: Any, scheme: Any) -> dict[str, str]:
     """What an artefact says of its origin."""
-    mix = getattr(getattr(config.quantizer, "weight", None), "mix", None)
+    mix = getattr(getattr(scheme, "weight", None), "mix", None)
     return {"recipe": config.recipe, "qtrain": qtrain.__version__} | ({"mix": mix} if mix else {})
 
 
@@ -302,7 +331,7 @@ def stream(config: Any, record: Record, folder: Path) -> None:
                 folder=folder / "exports",
                 max_length=positions,
                 vocab_size=vocabulary,
-                metadata=_metadata(config),
+                metadata=_metadata(config, scheme),
                 task="language",
                 processor=processor,
                 comparison=RuntimeOnly(batches),

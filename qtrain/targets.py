@@ -143,6 +143,18 @@ class Scheme:
             model = equalize(model)
         return model
 
+    def weight_grids(self, model: nn.Module, keep_float: list[str]) -> dict[str, Any]:
+        """The grid that each module's weight is going to be on, by name.
+
+        Raises:
+            ValueError: if a pattern matches nothing.
+        """
+        mix = self.weight if hasattr(self.weight, "assign") else None
+        chosen, _ = select(model, self.include, [*self.keep_float, *([] if mix else keep_float)])
+        if mix is not None:
+            return dict(mix.assign(model, chosen, bool(self.imatrix))[0])
+        return {name: self.weight for name in chosen if not isinstance(chosen[name], torch.nn.Embedding)}
+
     def prepare(self, model: nn.Module, keep_float: list[str], example: dict[str, Any] | None = None) -> tuple[nn.Module, list[str]]:
         """Fake-quantize ``model``, in place where it needs no graph.
 

@@ -1,0 +1,127 @@
+"""What training an adapter will need, told before it starts: the base as it is stored, the adapter, and an estimate of a step.
+
+Exact: the base (codes, scales, what stayed in float), the trained parameters, their gradients, the optimizer's moments. Estimated: the
+activations that wait for the backward pass, after Korthikanti et al. 2022 (arXiv 2205.05198, section 4.1): a transformer layer keeps
+
+    34 * T * H bytes in 16 bits (T tokens of the batch, H hidden width), without the matrix of attention, which fused kernels do not keep
+
+twice that in 32 bits; with gradient checkpointing only its input, 2 * T * H bytes, plus all of one layer that is computed again. A head
+over the vocabulary adds its chunk (`qtrain.language_task.CHUNK`) four times; a base in codes, its largest weight decoded. The measured
+peak is in run.json (`peak_rss_bytes`, or `memory.peak_bytes` of the device) to compare with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from qtrain.console import console
+
+PER_LAYER = 34
+"""Bytes that a transformer layer keeps per token and unit of width, in 16 bits."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes."""
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.base + self.adapter + self.gradients + self.optimizer + self.activations
+
+    def rows(self) -> dict[str, int]:
+        """By name, the total last."""
+        return {f"{name}_bytes": value for name, value in vars(self).items()} | {"total_bytes": self.total}
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of every distinct tensor of a model, those beside a bitsandbytes weight (absmax, …) included."""
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            tensors |= {id(t): t for t in vars(part).values() if isinstance(t, torch.Tensor)} if part is not None else {}
+        scales = getattr(parameter, "SCB", None)
+        tensors |= {id(scales): scales} if isinstance(scales, torch.Tensor) else {}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def estimate(model: nn.Module, tokens: int, *, checkpointing: bool, moment_bytes: int = 8, width_bytes: int = 4) -> Memory:
+    """What a step on ``tokens`` tokens needs.
+
+    Args:
+        model: with its adapter; what is trained requires a gradient.
+        moment_bytes: of the optimizer per trained parameter: 8 for AdamW in float32, 2 for its 8-bit form.
+        width_bytes: of an activation: 4, or 2 under bf16-mixed.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trained)
+    adapter = sum(p.numel() * p.element_size() for p in trained)
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers, hidden = int(getattr(text, "num_hidden_layers", 0) or 0), int(getattr(text, "hidden_size", 0) or 0)
+    layer = PER_LAYER * tokens * hidden * width_bytes // 2
+    activations = (layers * tokens * hidden * width_bytes + layer) if checkpointing else layers * layer
+    return Memory(stored_bytes(model) - adapter, adapter, adapter, count * moment_bytes, activations + _largest(model) + _head(model))
+
+
+def _largest(model: nn.Module) -> int:
+    """Bytes of the largest weight that is decoded for a product, float32."""
+    sizes = [m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    return 4 * max(sizes, default=0)
+
+
+def _head(model: nn.Module) -> int:
+    from qtrain.language_task import CHUNK
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return 0 if head is None else 4 * 4 * CHUNK
+
+
+def show(memory: Memory, trained: int, total: int) -> None:
+    """Print it."""
+    share = 100 * trained / max(1, total)
+    console.print(f"  {trained:,} trainable parameters, {share:.2f} % of {total:,}", highlight=False)
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    for name, value in memory.rows().items():
+        label = {"activations_bytes": "activations, about", "total_bytes": "a step, about"}.get(name, name.removesuffix("_bytes"))
+        table.add_row(f"  {label}", f"{value / 1e6:,.0f} MB")
+    console.print(table)
+
+
+def announce(setup: Any, adapter: Any) -> None:
+    """Print, before training, how much is trained and what it needs; the same goes into run.json."""
+    config, fit = setup.config, setup.config.adapter.fit
+    memory = estimate(
+        adapter.model,
+        tokens(setup),
+        checkpointing=getattr(fit, "gradient_checkpointing", False),
+        moment_bytes=2 if "8bit" in str(config.optimizer.get("_target_", "")) else 8,
+    )
+    total = sum(logical(p) for p in adapter.model.parameters())
+    show(memory, adapter.trainable, total)
+    setup.record.data["memory"] = {"expected": memory.rows()}
+
+
+def logical(parameter: Any) -> int:
+    """Weights that a parameter stands for: two of a byte of bitsandbytes' 4-bit types."""
+    state = getattr(parameter, "quant_state", None)
+    return int(torch.Size(state.shape).numel()) if state is not None and state.shape is not None else int(parameter.numel())
+
+
+def tokens(setup: Any) -> int:
+    """Tokens of a training batch, at most."""
+    data = setup.data
+    length = getattr(data, "context", None) or getattr(setup.config.data, "max_length", 1)
+    return int(length) * int(setup.config.data.batch_size)

@@ -1,0 +1,167 @@
+"""The stages of a run with an adapter: put it beside (or inside) the quantized base, train it, and say what each way to deploy it costs.
+
+    base       what the quantizer made, its codes; or, of quantizer=qat, fake-quantized layers that the adapter goes into
+    adapter    trained by the one LightningModule; checkpoints hold the adapter alone
+    merges     measured beside each other on the test split: stage "adapter" (kept apart), "merged_float", "merged_rounded", "merged_consistent"
+
+What is deployed goes on to `convert` and the exporters like any other quantized model.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtrain.console import console
+from qtrain.lora import Adapter, attach, merged_float, merged_inside
+from qtrain.memory import announce
+from qtrain.stages import Setup, fit_stage, measure, record_fallbacks
+
+STAGES = {"apart": "adapter", "float": "merged_float", "rounded": "merged_rounded", "consistent": "merged_consistent"}
+"""Where the metrics of each merge are in run.json's `stages`."""
+
+
+def check(setup: Setup) -> None:
+    """Refuse in seconds what would fail after training.
+
+    Raises:
+        ValueError: for options that do not go together.
+    """
+    config = setup.config
+    merging = config.adapter.merging(config.quantizer)
+    if merging == "apart" and config.export:
+        raise ValueError(
+            f"adapter.merge=apart keeps base and adapter two things, and export=[{','.join(config.export)}] writes one model. Set export=[] "
+            "(the adapter's folder is written in any case), or adapter.merge=float"
+        )
+    if merging != "consistent" and config.quantizer.smoothquant is not None:
+        raise ValueError(
+            f"quantizer.smoothquant={config.quantizer.smoothquant} divides the inputs of layers, which an adapter's merge does not know. "
+            "Set quantizer.smoothquant=null"
+        )
+    if merging != "consistent" and getattr(config.quantizer, "activation", None) is not None:
+        raise ValueError(
+            f"quantizer={config.quantizer.registered_name} rounds activations, through which no gradient reaches the adapters of earlier "
+            "layers. Set grid@quantizer.activation=null, or quantizer=qat"
+        )
+
+
+def tune(setup: Setup, model: nn.Module, float_model: nn.Module, float_outputs: Any) -> tuple[nn.Module, Any]:
+    """Train an adapter on ``model``, the prepared base; returns the model to deploy, prepared, and its outputs.
+
+    `Setup.scheme` is then what converts it.
+    """
+    options, scheme = setup.config.adapter, setup.scheme
+    merging = options.merging(scheme)
+    base = model if merging == "consistent" else scheme.convert(model)
+    adapter = attach(base, options, setup.task.name, setup.config.model.always_float(float_model))
+    for name, (a, b) in setup.starts.items():
+        adapter.start(name, a, b)
+    if options.path is not None:
+        adapter.load(Path(options.path).expanduser())
+    announce(setup, adapter)
+    before = greedy(setup, base, options)
+    fit_stage(setup, "adapter", base, options.fit, scheme.callbacks(), teacher=float_model)
+    outputs = measure(setup, "adapter", base, float_outputs)
+    compare_samples(setup, before, greedy(setup, base, options))
+    folder = setup.folder / "adapter"
+    adapter.save(folder, {"recipe": setup.config.recipe, "merge": merging, "base": scheme.registered_name})
+    deployed, outputs = _merges(setup, base, merging, float_model, outputs, float_outputs)
+    setup.record.data["adapter"] = _about(setup, adapter, merging)
+    return deployed, outputs
+
+
+def _merges(
+    setup: Setup, base: nn.Module, merging: str, float_model: nn.Module, outputs: Any, float_outputs: Any
+) -> tuple[nn.Module, Any]:
+    """Measure every merge that the options allow; the one to deploy, and its outputs."""
+    if merging == "apart":
+        _merged_float(setup, base, float_model, float_outputs)
+        return base, outputs
+    if merging == "consistent":
+        deployed = merged_inside(base)
+        merged = measure(setup, STAGES["consistent"], deployed, float_outputs)
+        change = setup.task.difference(outputs, merged)
+        if not change["bit_exact"]:
+            raise ValueError(
+                f"the merged model is not the trained one: outputs differ by up to {change['max_abs']:.3g}. This is a defect of qtrain; "
+                "please report it"
+            )
+        setup.record.data["merge_equals_training"] = change
+        return deployed, merged
+    merged, merged_outputs = _merged_float(setup, base, float_model, float_outputs)
+    if setup.config.adapter.deploy is None or merging == "float":
+        return merged, merged_outputs
+    return _rounded(setup, merged, float_outputs)
+
+
+def _merged_float(setup: Setup, base: nn.Module, float_model: nn.Module, float_outputs: Any) -> tuple[nn.Module, Any]:
+    merged = merged_float(base, float_model)
+    return merged, measure(setup, STAGES["float"], merged, float_outputs)
+
+
+def _rounded(setup: Setup, merged: nn.Module, float_outputs: Any) -> tuple[nn.Module, Any]:
+    setup.scheme = scheme = setup.config.adapter.deploy
+    always = setup.config.model.always_float(merged)
+    calibration = [inputs for inputs, _ in setup.data.calibration_dataloader()] if scheme.needs_data else []
+    model = scheme.transform(copy.deepcopy(merged) if scheme.moves_weights else merged, calibration, always)
+    model, setup.record.data["kept_float"] = scheme.prepare(model, always, setup.data.example_inputs(2))
+    model = scheme.calibrate(model, calibration)
+    setup.record.data |= scheme.details
+    record_fallbacks(setup)
+    return model, measure(setup, STAGES["rounded"], model, float_outputs)
+
+
+def _about(setup: Setup, adapter: Adapter, merging: str) -> dict[str, Any]:
+    """What run.json says of the adapter."""
+    options, stages = setup.config.adapter, setup.record.data["stages"]
+    return {
+        "path": str(setup.folder / "adapter"),
+        "variant": options.variant,
+        "rank": options.rank,
+        "scaling": options.scaling,
+        "layers": len(adapter.names),
+        "trainable_parameters": adapter.trainable,
+        "base_sha256": adapter.base_sha256,
+        "merge": merging,
+        "merges": {merge: stages[stage] for merge, stage in STAGES.items() if stage in stages},
+    } | setup.record.data.get("adapter", {})
+
+
+@torch.inference_mode()
+def greedy(setup: Setup, model: Any, options: Any) -> str | None:
+    """What the model says next, most likely token by token; None where it is no language model or no text is asked for."""
+    if setup.task.name != "language" or options.sample is None:
+        return None
+    tokenizer = setup.processor
+    if getattr(setup.data, "chat", False):
+        message = [{"role": "user", "content": options.sample}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+    else:
+        ids = tokenizer(options.sample, return_tensors="pt")["input_ids"]
+    model.eval()
+    ids = ids.to(next(model.parameters()).device)
+    done = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=options.sample_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    text: str = tokenizer.decode(done[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def compare_samples(setup: Setup, before: str | None, after: str | None) -> None:
+    """Show what the model said before and after."""
+    if before is None or after is None:
+        return
+    setup.record.data["adapter"] = {"sample": {"prompt": setup.config.adapter.sample, "before": before, "after": after}}
+    for when, text in (("before", before), ("after", after)):
+        console.print(f"  {when:6} {setup.config.adapter.sample!r} -> {text!r}", style="dim", soft_wrap=True, highlight=False)
+
