@@ -117,7 +117,7 @@ def documents_of(where: str, columns: dict[str, list[Any]], layout: Layout) -> D
 
 
 def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
+    return isinstance(value, list) and all(isinstance(m, dict) and "role" in m and {"content", "tool_calls"} & set(m) for m in value)
 
 
 def _longest(columns: dict[str, list[Any]]) -> str:
@@ -206,7 +206,7 @@ def key_of(document: Document) -> str:
 
 def size_of(document: Document) -> int:
     """Characters."""
-    return len(document) if isinstance(document, str) else sum(len(str(m["content"])) for m in document)
+    return len(document) if isinstance(document, str) else sum(len(str(m.get("content", ""))) for m in document)
 
 
 def characters(documents: Iterable[Document]) -> int:

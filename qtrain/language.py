@@ -8,6 +8,9 @@ rest that does not fill one is dropped. A token sees the documents before its ow
 `mask_documents`: then positions start again with each document (`position_ids`), from which transformers makes the attention mask where
 no cache is in use, and the first token of a document is not scored.
 
+Conversations. Where the loss is on the assistant's part (`data.loss_on`), the tokens that it does not say are only seen, in all splits
+(`qtrain/chats.py`); sequences and windows without a scored token are left out, so that every batch has one.
+
 Evaluation. Each document by itself, in windows of `context` tokens that begin every `stride` tokens; a window scores only the tokens that
 no earlier one has, so that each token is scored once, with at least context - stride tokens before it, and the windows of short
 documents are whole. This is what Hugging Face documents ("Perplexity of fixed-length models"):
@@ -34,6 +37,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qtrain.chats import tokenize_chats
 from qtrain.datamodule import Batch, Encoded, ResumableDataModule
 from qtrain.documents import Documents
 from qtrain.tokens import Ids, find_marks, tokenize
@@ -68,6 +72,10 @@ def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]
     return found
 
 
+Said = list[NDArray[np.bool_]] | None
+"""Which tokens of each document may be scored; None: all."""
+
+
 class Item(NamedTuple):
     """One sequence, as `collate` takes it."""
 
@@ -80,7 +88,13 @@ class Windows(Encoded):
     """Windows over documents, cut out when they are asked for: overlapping ones would be many times the text."""
 
     def __init__(
-        self, documents: list[Ids], cuts: list[Window], bos: int | None, starts: NDArray[np.int64] | None = None, mask: bool = False
+        self,
+        documents: list[Ids],
+        cuts: list[Window],
+        bos: int | None,
+        starts: NDArray[np.int64] | None = None,
+        mask: bool = False,
+        said: Said = None,
     ) -> None:
         """See the module.
 
@@ -88,8 +102,9 @@ class Windows(Encoded):
             bos: what replaces the first token of a window that begins inside a document; None leaves it.
             starts: where documents begin in the one stream that ``documents`` then is.
             mask: give positions that start again with each document.
+            said: which tokens of each document may be scored; None: all.
         """
-        self.documents, self.cuts, self.bos, self.starts, self.mask = documents, cuts, bos, starts, mask
+        self.documents, self.cuts, self.bos, self.starts, self.mask, self.said = documents, cuts, bos, starts, mask, said
         self.lengths = [c.end - c.begin for c in cuts]
 
     def __getitems__(self, indices: list[int]) -> list[Item]:
@@ -102,21 +117,28 @@ class Windows(Encoded):
             ids[0] = self.bos
         places = np.arange(cut.begin, cut.end)
         is_scored = places >= max(cut.scored, cut.begin + 1)
+        if self.said is not None:
+            is_scored &= self.said[cut.document][cut.begin : cut.end]
         if self.starts is None or not self.mask:
             return Item(ids, is_scored, None)
         own = np.maximum(self.starts[np.searchsorted(self.starts, places, side="right") - 1], cut.begin)
         return Item(ids, is_scored & (places != own), places - own)
 
+    def scored(self) -> Windows:
+        """These without the ones that have no scored token."""
+        cuts = self.cuts if self.said is None else [c for c in self.cuts if self._item(c).is_scored.any()]
+        return Windows(self.documents, cuts, self.bos, self.starts, self.mask, self.said)
+
     def some(self, count: int) -> Windows:
         """``count`` of these, evenly spread, not masked."""
         chosen = np.linspace(0, len(self.cuts) - 1, min(count, len(self.cuts))).round().astype(int)
-        return Windows(self.documents, [self.cuts[i] for i in chosen], self.bos, self.starts)
+        return Windows(self.documents, [self.cuts[i] for i in chosen], self.bos, self.starts, said=self.said)
 
     @property
     def counts(self) -> dict[str, int]:
         """What is in it: documents, their tokens, sequences, and tokens that are scored."""
         documents = len(self.documents) if self.starts is None else len(self.starts)
-        scored = sum(c.end - max(c.scored, c.begin + 1) for c in self.cuts)
+        scored = sum(int(self._item(c).is_scored.sum()) for c in self.cuts)
         return {"documents": documents, "tokens": sum(map(len, self.documents)), "sequences": len(self.cuts), "scored_tokens": scored}
 
 
@@ -139,6 +161,7 @@ class LanguageDataModule(ResumableDataModule[Windows]):
         eval_tokens: int | None = None,
         calibration_sequences: int = 128,
         chat_template: bool = False,
+        loss_on: str = "all",
         add_bos: str = "auto",
         add_eos: str = "auto",
         window_bos: bool = False,
@@ -156,11 +179,13 @@ class LanguageDataModule(ResumableDataModule[Windows]):
         self.context, self.marks = chosen_context(context, tokenizer), find_marks(tokenizer, add_bos, add_eos)
         self.stride = self._checked(stride)
         self.tokenizer, self._chat, self._mask, self._cut = tokenizer, chat_template, mask_documents, cut_documents
+        self._loss_on = loss_on
         self._window_bos = self.marks.bos if window_bos else None
         self._pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        self._train = self._packed(train, train_tokens)
+        packed = self._packed(train, train_tokens)
+        self._train = self._to_learn(packed, train.where)
         self._validation, self._test = self._windows(validation, eval_tokens), self._windows(test, eval_tokens)
-        source = self._train if calibration is None else self._packed(calibration, train_tokens)
+        source = packed if calibration is None else self._packed(calibration, train_tokens)
         self._calibration = source.some(calibration_sequences)
         found = len(self._calibration)
         if found < max(calibration_sequences, FEW):
@@ -200,11 +225,19 @@ class LanguageDataModule(ResumableDataModule[Windows]):
             )
         return stride
 
-    def _tokens(self, documents: Documents, limit: int | None) -> list[Ids]:
-        return tokenize(documents.items, self.tokenizer, self.marks, self._chat, limit)
+    def _tokens(self, documents: Documents, limit: int | None) -> tuple[list[Ids], Said]:
+        """Token ids of each document, and which of them the assistant says where only those are scored."""
+        chats = any(not isinstance(d, str) for d in documents.items)
+        if self._loss_on == "all" or (self._loss_on == "auto" and not (self._chat and chats)):
+            return tokenize(documents.items, self.tokenizer, self.marks, self._chat, limit), None
+        found = tokenize_chats(documents.items, self.tokenizer, self.marks, limit)
+        self.notes += [note for note in found.notes(documents.where) if note not in self.notes]
+        if not any(text.is_said.any() for text in found.texts):
+            raise nothing_to_learn(documents.where, f"of its {len(documents)} documents none has a turn of the assistant that is scored")
+        return [text.ids for text in found.texts], [text.is_said for text in found.texts]
 
     def _packed(self, documents: Documents, limit: int | None) -> Windows:
-        found = self._tokens(documents, limit)
+        found, said = self._tokens(documents, limit)
         between = np.asarray(self.marks.between if not self._chat else (), np.int32)
         parts = [part for ids in found for part in (ids, between)]
         stream = np.concatenate(parts)
@@ -216,11 +249,30 @@ class LanguageDataModule(ResumableDataModule[Windows]):
             )
         starts = np.cumsum([0, *(len(ids) + len(between) for ids in found[:-1])])
         cuts = [Window(0, i * self.context, (i + 1) * self.context, 1) for i in range(count)]
-        return Windows([stream], cuts, self._window_bos, starts, self._mask)
+        return Windows([stream], cuts, self._window_bos, starts, self._mask, None if said is None else [np.concatenate(said)])
+
+    def _to_learn(self, packed: Windows, where: str) -> Windows:
+        """The sequences that have a token to learn, which are counted where that is not all of them."""
+        kept = packed.scored()
+        if packed.said is None:
+            return kept
+        if not len(kept):
+            raise nothing_to_learn(where, f"no sequence of {self.context} tokens (data.context) has one that the assistant says")
+        if len(kept) < len(packed):
+            self.notes.append(
+                f"{len(packed) - len(kept)} of {len(packed)} sequences of {where} have nothing that the assistant says and are not "
+                "trained on"
+            )
+        counts = kept.counts
+        self.notes.append(
+            f"the loss is on what the assistant says: {counts['scored_tokens']:,} of {sum(kept.lengths):,} training tokens "
+            "(data.loss_on=all for all of them)"
+        )
+        return kept
 
     def _windows(self, documents: Documents, limit: int | None) -> Windows:
-        found = self._tokens(documents, limit)
-        kept = [ids for ids in found if len(ids) > 1]
+        found, said = self._tokens(documents, limit)
+        kept = [i for i, ids in enumerate(found) if len(ids) > 1]
         if not kept:
             raise ValueError(
                 f"{documents.where} has no document of two tokens or more, so there is no token to predict. Name another file, or raise "
@@ -229,12 +281,16 @@ class LanguageDataModule(ResumableDataModule[Windows]):
         if len(kept) < len(found):
             self.notes.append(f"{len(found) - len(kept)} documents of {documents.where} have fewer than two tokens and are not scored")
         if self._cut:
-            longer = sum(len(ids) > self.context for ids in kept)
+            longer = sum(len(found[i]) > self.context for i in kept)
             if longer:
                 self.notes.append(f"{longer} documents of {documents.where} are measured up to their first {self.context} tokens only")
-            kept = [ids[: self.context] for ids in kept]
-        cuts = [Window(i, *cut) for i, ids in enumerate(kept) for cut in windows(len(ids), self.context, self.stride)]
-        return Windows(kept, cuts, self._window_bos)
+        end = self.context if self._cut else None
+        texts = [found[i][:end] for i in kept]
+        cuts = [Window(i, *cut) for i, ids in enumerate(texts) for cut in windows(len(ids), self.context, self.stride)]
+        made = Windows(texts, cuts, self._window_bos, said=None if said is None else [said[i][:end] for i in kept]).scored()
+        if not len(made):
+            raise nothing_to_learn(documents.where, "what is left of it (data.eval_tokens, data.long_documents) has none that it says")
+        return made
 
 
 def _stacked(rows: list[Any], longest: int, fill: int) -> Tensor:
@@ -262,3 +318,11 @@ def chosen_context(context: int | None, tokenizer: Any) -> int:
 def too_long(context: int, positions: int) -> ValueError:
     """What is raised for a context beyond the model's."""
     return ValueError(f"data.context={context} is longer than the model reads, {positions} tokens. Set data.context={positions}")
+
+
+def nothing_to_learn(where: str, why: str) -> ValueError:
+    """What is raised for conversations in which the assistant says nothing."""
+    return ValueError(
+        f"{where}: the loss is on what the assistant says (data.loss_on), and would be on nothing: {why}. "
+        'Give conversations with turns of {"role": "assistant", …}, or set data.loss_on=all'
+    )

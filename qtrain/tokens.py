@@ -95,9 +95,9 @@ def tokenize(
     Raises:
         ValueError: if the tokenizer has no chat template, or the template refuses the messages.
     """
-    if chat_template and not getattr(tokenizer, "chat_template", None):
-        raise ValueError("data.chat_template=true, but the model's tokenizer has no chat template. Set data.chat_template=false")
-    texts = [_render(tokenizer, d) for d in documents] if chat_template else [d if isinstance(d, str) else "" for d in documents]
+    if chat_template:
+        require_template(tokenizer)
+    texts = [render(tokenizer, d) for d in documents] if chat_template else [d if isinstance(d, str) else "" for d in documents]
     before = marks.chat_before if chat_template else marks.before
     after = () if chat_template else marks.after
     found: list[Ids] = []
@@ -112,16 +112,31 @@ def tokenize(
     return found
 
 
-def _render(tokenizer: Any, document: Document) -> str:
+def require_template(tokenizer: Any) -> None:
+    """Raise ValueError if the tokenizer has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("data.chat_template=true, but the model's tokenizer has no chat template. Set data.chat_template=false")
+
+
+def render(tokenizer: Any, document: Document, **options: Any) -> Any:
+    """The text that the chat template makes of a conversation, or, with other ``options`` of transformers, its tokens.
+
+    Raises:
+        ValueError: if the template refuses the messages.
+    """
     messages = [{"role": "user", "content": document}] if isinstance(document, str) else document
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, **{"tokenize": False, **options})
     except Exception as e:  # templates raise what they like
         raise ValueError(
             f"the model's chat template refuses a conversation ({e}); its roles are {', '.join(m['role'] for m in messages)[:100]}. "
             "Correct the messages, or set data.chat_template=false"
         ) from e
-    return text
+
+
+def encode(texts: list[str], tokenizer: Any) -> list[Ids]:
+    """Ids of each text, without marks."""
+    return [np.asarray(ids, np.int32) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
 
 
 def _plain(texts: list[str], tokenizer: Any, limit: int | None) -> Iterator[Ids]:
@@ -144,9 +159,9 @@ def _plain(texts: list[str], tokenizer: Any, limit: int | None) -> Iterator[Ids]
 
 def _batch(texts: list[str], tokenizer: Any, advance: Any) -> Iterator[Ids]:
     if texts:
-        rows = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        rows = encode(texts, tokenizer)
         advance(sum(map(len, texts)))
-        yield from (np.asarray(ids, np.int32) for ids in rows)
+        yield from rows
 
 
 @dataclass

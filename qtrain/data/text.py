@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 LOCAL = "data=text data.train=FILE data.test=FILE (.txt, .jsonl, .parquet, .csv)"
 AUTO = ("auto", "true", "false")
 LONG = ("windows", "cut")
+LOSS_ON = ("auto", "all", "assistant")
 
 
 @register("data", "text")
@@ -71,6 +72,8 @@ class TextCorpus:
     """Fetch only the data.limit first rows of each split of the corpus, as for C4, which is larger than most disks."""
     chat_template: bool = False
     """Render column `messages` (or, where there is none, the text as a user's message) through the model's chat template."""
+    loss_on: str = "auto"
+    """What is learnt and measured: all tokens, what the assistant says, or auto for the latter where chat_template renders `messages`."""
     add_bos: str = "auto"
     """Whether a document begins with BOS: true, false, or auto for what the tokenizer does."""
     add_eos: str = "auto"
@@ -114,7 +117,7 @@ class TextCorpus:
             value = getattr(self, option)
             if value is not None and value < least:
                 raise ValueError(f"data.{option} is {value}; it must be at least {least}. Set data.{option}=128, say.")
-        for option, valid in {"add_bos": AUTO, "add_eos": AUTO, "long_documents": LONG}.items():
+        for option, valid in {"add_bos": AUTO, "add_eos": AUTO, "long_documents": LONG, "loss_on": LOSS_ON}.items():
             value = str(getattr(self, option)).lower()  # true and false arrive as such from yaml
             if value not in valid:
                 raise ValueError(f"data.{option} is {value!r}; valid: {', '.join(valid)}. Set data.{option}={valid[0]}")
@@ -122,6 +125,11 @@ class TextCorpus:
         for option in ("validation_fraction", "test_fraction"):
             if not 0 < getattr(self, option) < 1:
                 raise ValueError(f"data.{option} is {getattr(self, option)}; it must lie between 0 and 1. Set data.{option}=0.1, say.")
+        if self.loss_on == "assistant" and not self.chat_template:
+            raise ValueError(
+                "data.loss_on=assistant needs conversations, and data.chat_template=false reads texts; valid then: auto, all. "
+                "Set data.chat_template=true, or data.loss_on=all"
+            )
         if self.document_separator == "":
             raise ValueError("data.document_separator is empty; valid: some text, or null. Set data.document_separator='\\n\\n', say.")
         if self.streaming and self.limit is None:
@@ -162,6 +170,7 @@ class TextCorpus:
             eval_tokens=self.eval_tokens,
             calibration_sequences=self.calibration_sequences,
             chat_template=self.chat_template,
+            loss_on=self.loss_on,
             add_bos=self.add_bos,
             add_eos=self.add_eos,
             window_bos=self.window_bos,
