@@ -66,9 +66,14 @@ class FakeWeight(nn.Module):
         """
         params = self.grid.choose(w.detach())
         if set(params) != {"scale"} or not hasattr(self.grid, "store"):
+            has = f"has {', '.join(params) or 'none'}"
+            remedy = "quantizer.weight.rule=signed_absmax"
+            if not hasattr(self.grid, "rule"):  # ggml's types, say, whose scales follow from the weights
+                has += ", by a rule of its own" if params else ""
+                remedy = f"grid@quantizer.weight=affine {remedy} quantizer.weight.scale_dtype=float16 (which GGUF holds as q4_0)"
             raise ValueError(
-                f"learnable scales need a grid with one scale per group; {self.grid.describe()} has {', '.join(params)}. "
-                "Set quantizer.weight.rule=signed_absmax, or quantizer.learn_scale=false"
+                f"learnable scales need a grid with one scale per group, that is free to move; {self.grid.describe()} {has}. "
+                f"Set {remedy}, or quantizer.learn_scale=false"
             )
         self.scale = nn.Parameter(params["scale"])
 

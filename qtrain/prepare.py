@@ -178,6 +178,8 @@ def one_row(model: nn.Module) -> nn.Module:
         layer.weight = nn.Parameter(layer.weight[:1].detach(), requires_grad=False)
         if layer.bias is not None:
             layer.bias = nn.Parameter(layer.bias[:1].detach(), requires_grad=False)
+        if layer.weight_fake.scale is not None:
+            layer.weight_fake.scale = nn.Parameter(layer.weight_fake.scale[:1].detach())
     return model
 
 

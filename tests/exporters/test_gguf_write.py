@@ -23,6 +23,7 @@ from qtrain.grids.affine import Affine  # noqa: E402
 from qtrain.grids.base import Grid  # noqa: E402
 from qtrain.grids.ggml import TYPES, Ggml, GgmlActivation  # noqa: E402
 from qtrain.prepare import convert, one_row, prepare  # noqa: E402
+from qtrain.quantizers.qat import Qat  # noqa: E402
 from qtrain.targets import select  # noqa: E402
 from tests.exporters.small_lm import LINEAR, LLAMA3, YARN, nmse, tiny, tokens  # noqa: E402
 
@@ -364,6 +365,14 @@ def test_a_trial_of_one_row_per_weight_is_checked() -> None:
     modules, _ = select(model, ["*_proj"], [])
     prepare(model, modules, Ggml("q8_0"))
     assert {e.type for e in entries(convert(one_row(model)))} == {"q8_0", "f16", "f32"}
+
+
+def test_a_trial_of_one_row_with_learned_scales() -> None:
+    """That is how a run finds in seconds what would fail after minutes."""
+    grid, keep = Affine(rule="signed_absmax", scale_dtype="float16"), ["*embed*", "lm_head"]
+    scheme = Qat(weight=grid, learn_scale=True)
+    model, _ = scheme.prepare(tiny("llama", intermediate_size=128), keep)
+    assert {e.type for e in entries(convert(one_row(model)))} == {"q4_0", "f16", "f32"}
 
 
 def test_layers_in_training_are_refused() -> None:

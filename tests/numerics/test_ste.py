@@ -1,13 +1,17 @@
 """Gradients against straight-through estimators written here in float64: `Grid.fake`, and LSQ (Esser et al. 2020, arXiv 1902.08153)."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
+from exporters.gguf.pack import plan
 from qtrain.grids.affine import ASYMMETRIC_RULES, NEVER_CLIPS, SYMMETRIC_RULES, Affine
 from qtrain.grids.base import Params
+from qtrain.grids.ggml import Ggml
 from qtrain.grids.ste import learned_step, straight_through
-from qtrain.layers import FakeLinear, FakeWeight
+from qtrain.layers import FakeLinear, FakeWeight, QuantizedLinear
 from qtrain.prepare import convert
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -220,3 +224,14 @@ def test_frozen_learned_scales_get_no_gradient() -> None:
 def test_scales_with_zero_points_cannot_be_learned_and_the_message_says_what_to_type() -> None:
     with pytest.raises(ValueError, match=r"int4 g16 minmax has scale, zero_point.*rule=signed_absmax.*learn_scale=false"):
         FakeWeight(grid_of("minmax")).learn_scale(normal(2, 32))
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_k", "f16"])
+def test_a_grid_without_rules_names_one_that_has_them(kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"ggml {kind} has.*Set grid@quantizer\.weight=affine (.*) \(which.*learn_scale=false") as error:
+        FakeWeight(Ggml(kind)).learn_scale(normal(2, 256))
+    found = re.findall(r"quantizer\.weight\.(\w+)=(\w+)", str(error.value))
+    fake = FakeWeight(Affine(**dict(found)))  # type: ignore[arg-type]  # what it says to type is a grid, which learns, and which GGUF holds
+    w = normal(2, 256)
+    fake.learn_scale(w)
+    assert fake.scale is not None and plan(QuantizedLinear(fake.grid.encode(w, fake.params()), None)).type == "q4_0"
