@@ -190,6 +190,9 @@ class ResumableDataModule(LightningDataModule, Generic[E]):
     def collate(self, items: Any) -> Batch:
         """Model inputs and labels of what `__getitems__` of a split gave."""
 
+    def check(self, model: Any) -> None:
+        """Raise ValueError, naming the remedy, if ``model`` cannot read these data."""
+
     def training(self, sampler: ResumableBatchSampler) -> Encoded:
         """The training split as it is trained on."""
         return self._train

@@ -40,7 +40,7 @@ from torch import Tensor
 from qtrain.chats import tokenize_chats
 from qtrain.datamodule import Batch, Encoded, ResumableDataModule
 from qtrain.documents import Documents
-from qtrain.tokens import Ids, find_marks, tokenize
+from qtrain.tokens import Ids, find_marks, require_vocabulary, tokenize
 
 IGNORED = -100
 """Label of a token that is not scored."""
@@ -178,7 +178,7 @@ class LanguageDataModule(ResumableDataModule[Windows]):
         super().__init__([], notes or [], batch_size, eval_batch_size, seed)
         self.context, self.marks = chosen_context(context, tokenizer), find_marks(tokenizer, add_bos, add_eos)
         self.stride = self._checked(stride)
-        self.tokenizer, self._chat, self._mask, self._cut = tokenizer, chat_template, mask_documents, cut_documents
+        self.tokenizer, self.chat, self._mask, self._cut = tokenizer, chat_template, mask_documents, cut_documents
         self._loss_on = loss_on
         self._window_bos = self.marks.bos if window_bos else None
         self._pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -197,6 +197,20 @@ class LanguageDataModule(ResumableDataModule[Windows]):
         """What is in each split: documents, tokens, sequences, scored tokens."""
         splits = {"train": self._train, "validation": self._validation, "test": self._test, "calibration": self._calibration}
         return {name: split.counts for name, split in splits.items()}
+
+    def check(self, model: Any) -> None:
+        """Refuse token ids that the model has no embedding for; padding, which nothing sees, is then another token.
+
+        Raises:
+            ValueError: naming the token.
+        """
+        modules = (model.get_input_embeddings(), model.get_output_embeddings())
+        rows = min(module.weight.shape[0] for module in modules if module is not None)
+        splits = {"training": self._train, "validation": self._validation, "test": self._test, "calibration": self._calibration}
+        for name, split in splits.items():
+            for ids in [*split.documents, np.asarray(self.marks.before, np.int32)]:
+                require_vocabulary(f"the {name} text", ids, self.tokenizer, rows)
+        self._pad = self._pad if self._pad < rows else 0
 
     def require_positions(self, positions: int | None) -> None:
         """Refuse a context that is longer than the model's ``positions``, which a tokenizer does not always know.
@@ -228,8 +242,8 @@ class LanguageDataModule(ResumableDataModule[Windows]):
     def _tokens(self, documents: Documents, limit: int | None) -> tuple[list[Ids], Said]:
         """Token ids of each document, and which of them the assistant says where only those are scored."""
         chats = any(not isinstance(d, str) for d in documents.items)
-        if self._loss_on == "all" or (self._loss_on == "auto" and not (self._chat and chats)):
-            return tokenize(documents.items, self.tokenizer, self.marks, self._chat, limit), None
+        if self._loss_on == "all" or (self._loss_on == "auto" and not (self.chat and chats)):
+            return tokenize(documents.items, self.tokenizer, self.marks, self.chat, limit), None
         found = tokenize_chats(documents.items, self.tokenizer, self.marks, limit)
         self.notes += [note for note in found.notes(documents.where) if note not in self.notes]
         if not any(text.is_said.any() for text in found.texts):
@@ -238,7 +252,7 @@ class LanguageDataModule(ResumableDataModule[Windows]):
 
     def _packed(self, documents: Documents, limit: int | None) -> Windows:
         found, said = self._tokens(documents, limit)
-        between = np.asarray(self.marks.between if not self._chat else (), np.int32)
+        between = np.asarray(self.marks.between if not self.chat else (), np.int32)
         parts = [part for ids in found for part in (ids, between)]
         stream = np.concatenate(parts)
         count = len(stream) // self.context

@@ -106,9 +106,11 @@ class Pretrained(ABC):
             )
         vocabulary = getattr(config.get_text_config(), "vocab_size", size)
         if size > vocabulary:
+            first = min((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocabulary)
             raise ValueError(
-                f"the tokenizer of {source} has {size} tokens and the model embeds {vocabulary}: they are of different models. "
-                "Copy the model's own tokenizer.json into the folder, or set model.path=/a/folder to another"
+                f"the tokenizer of {source} has {size} tokens and the model embeds {vocabulary}: {first[1]!r}, id {first[0]}, is the first "
+                f"without a row. If it was added, save the model after model.resize_token_embeddings({size}), whose new rows have to be "
+                "trained; if they are of different models, copy the model's own tokenizer.json into the folder. Or set model.path=/a/folder"
             )
         tokenizer.model_input_names = self._accepted(config, tokenizer.model_input_names)
         if tokenizer.model_max_length > UNLIMITED:

@@ -72,6 +72,7 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     processor = config.model.processor()
     data = config.data.build(processor, config.seed)
     model = config.model.build(len(data.label_names), config.seed, data.label_names)
+    data.check(model)
     for note in data.notes:
         record.note(note)
     record.fallbacks(getattr(config.model, "fallbacks", []))
@@ -308,8 +309,9 @@ def stream(config: Any, record: Record, folder: Path) -> None:
         data = config.data.build(processor, config.seed)
         for note in data.notes:
             record.note(note)
-        batches = list(data.test_dataloader())
         model, weights = config.model.skeleton()
+        data.check(model)
+        batches = list(data.test_dataloader())
         positions, vocabulary = config.model.max_positions(model), config.model.vocabulary(model)
     with record.stage("quantize"):
         float_model = streamed(halved(copy.deepcopy(model)), weights)

@@ -83,6 +83,27 @@ def _asked(tokenizer: Any, which: str, found: list[int]) -> list[int]:
     return found or [token]
 
 
+def require_vocabulary(where: str, ids: NDArray[np.integer[Any]], tokenizer: Any, rows: int) -> None:
+    """Refuse token ids that a model has no embedding for, as of tokens that were added to its tokenizer alone.
+
+    Args:
+        where: what the ids are of.
+        rows: rows of the embedding, and of the output head.
+
+    Raises:
+        ValueError: naming the token.
+    """
+    beyond = np.unique(ids[ids >= rows])
+    if len(beyond):
+        token, size = tokenizer.convert_ids_to_tokens(int(beyond[0])), max(len(tokenizer), int(beyond[-1]) + 1)
+        raise ValueError(
+            f"{where} has the token {token!r}, id {beyond[0]}, and the model's embedding has {rows} rows, for ids up to {rows - 1} "
+            f"({len(beyond)} tokens of the text are beyond it). If they were added to the tokenizer, save the model after "
+            f"model.resize_token_embeddings({size}), whose new rows have to be trained, and set model.path to its folder; if not, copy the "
+            "model's own tokenizer.json into its folder"
+        )
+
+
 def tokenize(
     documents: Sequence[Document], tokenizer: Any, marks: Marks, chat_template: bool = False, limit: int | None = None
 ) -> list[Ids]:

@@ -6,6 +6,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from qtrain.data.text import TextCorpus
 from qtrain.documents import Documents, cut, sample_documents
 from qtrain.images import ImageSpec
 from qtrain.language import IGNORED, LanguageDataModule, Window, Windows, windows
+from qtrain.models.causal_lm import CausalLm
+from qtrain.record import Record
+from qtrain.stages import load
 from qtrain.tokens import find_marks, tokenize
 from tests.conftest import shared_data
 from tests.tiny_lm import tiny_language_model, tiny_text, tiny_tokenizer
@@ -208,10 +212,11 @@ def test_calibration_is_spread_over_the_training_text_and_fewer_than_asked_are_n
     data = corpus(tmp_path, calibration_sequences=4, mask_documents=True).build(plain, 0)
     begins = [c.begin for c in data._calibration.cuts]
     assert begins[0] == 0 and begins[-1] == data._train.cuts[-1].begin and len(set(begins)) == 4
-    assert any("calibration has 4 sequences of 64 tokens" in n and "128 or more are advised" in n for n in data.notes)
+    assert any("calibration has 4 sequences of 64 tokens" in n and "128 or more are advised" in n for n in data.calibration_notes)
+    assert not any("calibration" in n for n in data.notes)  # a run that does not calibrate does not hear of it
     assert all(set(inputs) == {"input_ids"} for inputs, _ in data.calibration_dataloader())
     many = corpus(tmp_path, calibration_sequences=10_000).build(plain, 0)
-    assert any(f"calibration has {len(many._train)} sequences" in n and "the text has no more" in n for n in many.notes)
+    assert any(f"calibration has {len(many._train)} sequences" in n and "the text has no more" in n for n in many.calibration_notes)
     assert data.example_inputs(6)["input_ids"].shape == (6, 64)
 
 
@@ -327,6 +332,52 @@ def test_a_limit_takes_the_first_tokens(plain: Any) -> None:
     assert ids.tolist() == whole[:500]
     some = tokenize([text[:3000]] * 10, plain, find_marks(plain), limit=2500)
     assert sum(map(len, some)) == 2500
+
+
+def grown(**options: Any) -> Any:
+    """A tokenizer that has a token more than the model has rows for, as after add_tokens alone."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|new|>"], **options)
+    assert tokenizer.convert_tokens_to_ids("<|new|>") == 512
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("split", "name"), [("train", "training"), ("test", "test"), ("validation", "validation"), ("calibration", "calibration")]
+)
+def test_a_token_that_the_model_has_no_row_for_is_named(tmp_path: Path, model: Any, split: str, name: str) -> None:
+    path = stories(tmp_path / "n.jsonl", 6, 20, "<|new|> in")
+    data = corpus(tmp_path, **{split: path}).build(grown(), 0)
+    remedy = r"has 512 rows, for ids up to 511 \(1 tokens.*resize_token_embeddings\(513\).*set model.path"
+    with pytest.raises(ValueError, match=rf"the {name} text has the token '<\|new\|>', id 512, and the model's embedding {remedy}"):
+        data.check(model)
+
+
+def test_a_run_refuses_such_a_token_when_it_loads(tmp_path: Path) -> None:
+    def run() -> None:
+        config = SimpleNamespace(model=CausalLm(str(folder)), data=corpus(tmp_path), seed=0, optimize=None)
+        load(config, Record(tmp_path, "none", 0, {}), tmp_path)
+
+    folder = tiny_language_model(tmp_path / "lm")
+    grown().save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"'<\|new\|>', id 512, is the first without a row.*model.resize_token_embeddings\(513\)"):
+        run()
+    tiny_tokenizer().save_pretrained(folder)
+    vocabulary = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"]["."] = 700  # a hole: as many tokens as before, one of them with a larger id
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    with pytest.raises(ValueError, match=r"the training text has the token '.', id 700, and the model's embedding has 512 rows"):
+        run()
+
+
+def test_a_token_that_no_text_has_is_no_error_not_even_as_padding(tmp_path: Path, model: Any) -> None:
+    tokenizer = grown()
+    tokenizer.pad_token = "<|new|>"
+    data = corpus(tmp_path, eval_batch_size=5).build(tokenizer, 0)
+    data.check(model)
+    batches = list(data.test_dataloader())
+    assert any(bool((labels[:, -1] == IGNORED).any()) for _, labels in batches), "nothing is padded: the test shows nothing"
+    assert perplexity(model, batches) == perplexity(model, corpus(tmp_path, eval_batch_size=5).build(tiny_tokenizer(), 0).test_dataloader())
 
 
 # --- chats --------------------------------------------------------------------------------------------------------------------
