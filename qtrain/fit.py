@@ -7,6 +7,8 @@ third-party classes named in `conf/` and built here, at the one place where `_ta
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 SCHEDULES = ("linear", "cosine", "constant")
+OPTIONS = {"float": "finetune", "qat": "quantizer.fit", "adapter": "adapter.fit"}
+"""Where the options of each stage are."""
 OWN_KEYS = {
     "max_epochs": "finetune.epochs or quantizer.fit.epochs",
     "max_steps": "finetune.max_steps or quantizer.fit.max_steps",
@@ -50,6 +54,10 @@ class Fit:
     """Which weights to go on with: last, or best (lowest validation loss, checked after each epoch)."""
     checkpoint_every: int = 200
     """Optimizer steps between checkpoints from which `resume=` continues; 0 for none."""
+    neftune_alpha: float | None = None
+    """Noise on the input embeddings while training (NEFTune, Jain et al. 2023): 5 to 15 in the paper; null for none."""
+    gradient_checkpointing: bool = False
+    """Compute transformer blocks again in the backward pass instead of remembering them: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -66,6 +74,10 @@ class Fit:
             raise ValueError(
                 f"early_stopping={self.early_stopping}, checkpoint_every={self.checkpoint_every} and max_steps={self.max_steps} must be at "
                 "least 0, 0 and -1. Set finetune.early_stopping=0 finetune.checkpoint_every=200 finetune.max_steps=-1 (or quantizer.fit.…)"
+            )
+        if self.neftune_alpha is not None and not 0 < self.neftune_alpha < float("inf"):
+            raise ValueError(
+                f"neftune_alpha is {self.neftune_alpha}; above 0, or null for no noise. Set finetune.neftune_alpha=5 (or quantizer.fit.…)"
             )
         if self.epochs < 0 or self.learning_rate <= 0:
             raise ValueError(
@@ -90,6 +102,28 @@ class Distill:
                 "the weight is from 0 to 1, the temperature above 0. "
                 "Set quantizer.distill.weight=0.5 quantizer.distill.temperature=2, say."
             )
+
+
+def check(config: Any, model: Any) -> None:
+    """Refuse at once what a later stage could not do with ``model``.
+
+    Args:
+        config: `qtrain.config.Config`.
+
+    Raises:
+        ValueError: naming the stage's option.
+    """
+    from qtrain.neftune import input_embedding
+    from qtrain.recompute import require_recomputable
+
+    stages = {"float": config.finetune, "qat": getattr(config.quantizer, "fit", None), "adapter": getattr(config.adapter, "fit", None)}
+    for stage, fit in stages.items():
+        if fit is None or fit.epochs == 0 or fit.max_steps == 0:
+            continue
+        if fit.neftune_alpha is not None:
+            input_embedding(model, OPTIONS[stage])
+        if fit.gradient_checkpointing:
+            require_recomputable(model, OPTIONS[stage])
 
 
 def build(node: dict[str, Any], key: str, **kwargs: Any) -> Any:
@@ -140,14 +174,15 @@ def train(
     """Train ``module`` and leave its weights in it.
 
     Args:
-        stage: "float" or "qat"; names the logs.
+        stage: "float", "qat" or "adapter"; names the logs, and where the options are (`OPTIONS`).
         folder: where this stage's resumable checkpoints go.
         trainer, logger: config nodes of third-party classes.
         resume: continue from the newest complete checkpoint in ``folder``, if there is one.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, after a resumable checkpoint was written.
-        ValueError: if the loss is not finite, or a checkpoint to resume from is corrupt.
+        ValueError: if a loss, gradient or weight is not finite, the model cannot do what ``fit`` asks, or a checkpoint to resume from is
+            corrupt.
     """
     from qtrain.callbacks import standard_callbacks
     from qtrain.checkpoint import SafeCheckpointIO, newest
@@ -171,12 +206,27 @@ def train(
     )
     module.train()  # Lightning keeps the mode that modules are in, and evaluation has put them in evaluation mode
     try:
-        instance.fit(module, datamodule=data, ckpt_path=str(last) if last else None, weights_only=True)
+        with as_asked(module.model, fit, OPTIONS[stage]):
+            instance.fit(module, datamodule=data, ckpt_path=str(last) if last else None, weights_only=True)
     except SystemExit:  # Lightning turns Ctrl-C into exit(1)
         raise KeyboardInterrupt from None
     finally:
         close(instance.logger)
     return instance
+
+
+@contextmanager
+def as_asked(model: Any, fit: Fit, option: str) -> Iterator[None]:
+    """``model`` as ``fit`` wants it while it trains."""
+    from qtrain.neftune import noisy_embeddings
+    from qtrain.recompute import recomputed
+
+    with ExitStack() as stack:
+        if fit.neftune_alpha is not None:
+            stack.enter_context(noisy_embeddings(model, fit.neftune_alpha, option))
+        if fit.gradient_checkpointing:
+            stack.enter_context(recomputed(model, option))
+        yield
 
 
 def checked(trainer: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import qtrain
 from exporters.base import ExportJob, ReceiptFailed, packed_layers
 from qtrain.checkpoint import load_weights, save_model, tidy
 from qtrain.evaluate import Batch, classification_metrics, compare_to_float, layer_table, sizes
-from qtrain.fit import Fit, build, train
+from qtrain.fit import Fit, build, check, train
 from qtrain.importance import weigh
 from qtrain.layers import fake_layers
 from qtrain.malloc import release
@@ -73,6 +73,7 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     data = config.data.build(processor, config.seed)
     model = config.model.build(len(data.label_names), config.seed, data.label_names)
     data.check(model)
+    check(config, model)
     for note in data.notes:
         record.note(note)
     record.fallbacks(getattr(config.model, "fallbacks", []))
