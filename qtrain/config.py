@@ -48,6 +48,8 @@ class Config:
     """Matrices to train beside the frozen model (adapter=lora); null trains, or only rounds, the model's own weights."""
     stream: bool = False
     """Quantize and export a language model tensor by tensor, never whole in memory; perplexity is then measured in the runtime alone."""
+    dry_run: bool = False
+    """Check the options and say what training an adapter will need, without the model's weights and without training."""
     analyze: bool = False
     """Measure each layer alone on the grid: SQNR of its output, and the metric on the validation split."""
     analyze_examples: int = 512

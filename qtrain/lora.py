@@ -125,7 +125,7 @@ def base_hash(model: nn.Module) -> str:
         if not isinstance(tensor, Tensor):
             continue
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -177,7 +177,7 @@ class Adapter:
         require_base(folder, self.base_sha256)
         try:
             found = load_peft_weights(str(folder), device="cpu")
-            report = set_peft_model_state_dict(self.peft_model, found)
+            report: Any = set_peft_model_state_dict(self.peft_model, found)
         except Exception as error:
             raise ValueError(
                 f"adapter.path={folder} does not fit: {str(error).splitlines()[0]}. Give the rank, variant and target_modules that it "
@@ -186,8 +186,8 @@ class Adapter:
         lost = [k for k in report.missing_keys if "lora_" in k] + list(report.unexpected_keys)
         if lost:
             raise ValueError(
-                f"adapter.path={folder} does not fit: {len(lost)} of its tensors, or of this adapter's, have no partner, the first {lost[0]}. "
-                "Give the rank, variant and target_modules that it was trained with"
+                f"adapter.path={folder} does not fit: {len(lost)} of its tensors, or of this adapter's, have no partner, the first "
+                f"{lost[0]}. Give the rank, variant and target_modules that it was trained with"
             )
 
     def start(self, name: str, a_rI: Tensor, b_Or: Tensor) -> None:
@@ -231,7 +231,7 @@ def attach(model: nn.Module, options: Any, task: str, without: list[str]) -> Ada
         raise ValueError(
             f"adapter.modules_to_save has {missing[0]!r}, which is no module of {type(model).__name__}. Set adapter.modules_to_save=[]"
         )
-    digest = base_hash(model)
+    digest = "" if any(p.is_meta for p in model.parameters()) else base_hash(model)
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,

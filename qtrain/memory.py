@@ -20,6 +20,8 @@ from rich.table import Table
 from torch import nn
 
 from qtrain.console import console
+from qtrain.fit import resolve_precision
+from qtrain.layers import quantized_layers
 
 PER_LAYER = 34
 """Bytes that a transformer layer keeps per token and unit of width, in 16 bits."""
@@ -57,11 +59,14 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def estimate(model: nn.Module, tokens: int, *, checkpointing: bool, moment_bytes: int = 8, width_bytes: int = 4) -> Memory:
+def estimate(
+    model: nn.Module, tokens: int, *, checkpointing: bool, moment_bytes: int = 8, width_bytes: int = 4, base: int | None = None
+) -> Memory:
     """What a step on ``tokens`` tokens needs.
 
     Args:
         model: with its adapter; what is trained requires a gradient.
+        base: bytes of what is not trained, where they cannot be read off ``model``, which has no storage (`qtrain/dry.py`).
         moment_bytes: of the optimizer per trained parameter: 8 for AdamW in float32, 2 for its 8-bit form.
         width_bytes: of an activation: 4, or 2 under bf16-mixed.
     """
@@ -73,20 +78,24 @@ def estimate(model: nn.Module, tokens: int, *, checkpointing: bool, moment_bytes
     layers, hidden = int(getattr(text, "num_hidden_layers", 0) or 0), int(getattr(text, "hidden_size", 0) or 0)
     layer = PER_LAYER * tokens * hidden * width_bytes // 2
     activations = (layers * tokens * hidden * width_bytes + layer) if checkpointing else layers * layer
-    return Memory(stored_bytes(model) - adapter, adapter, adapter, count * moment_bytes, activations + _largest(model) + _head(model))
+    base = stored_bytes(model) - adapter if base is None else base
+    return Memory(base, adapter, adapter, count * moment_bytes, activations + _largest(model) + _head(model, tokens))
 
 
 def _largest(model: nn.Module) -> int:
     """Bytes of the largest weight that is decoded for a product, float32."""
-    sizes = [m.in_features * m.out_features for m in model.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
-    return 4 * max(sizes, default=0)
+    modules: list[Any] = [m for m in model.modules() if hasattr(m, "in_features") and hasattr(m, "out_features")]
+    return 4 * max((int(m.in_features * m.out_features) for m in modules), default=0)
 
 
-def _head(model: nn.Module) -> int:
+def _head(model: Any, tokens: int) -> int:
     from qtrain.language_task import CHUNK
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return 0 if head is None else 4 * 4 * CHUNK
+    if head is None:
+        return 0
+    vocabulary = max((t.shape[0] for t in [*head.parameters(), *head.buffers()] if t.ndim == 2), default=0)
+    return 4 * 4 * min(CHUNK, tokens * vocabulary)
 
 
 def show(memory: Memory, trained: int, total: int) -> None:
@@ -96,20 +105,28 @@ def show(memory: Memory, trained: int, total: int) -> None:
     table = Table(box=None, padding=(0, 2), show_header=False)
     for name, value in memory.rows().items():
         label = {"activations_bytes": "activations, about", "total_bytes": "a step, about"}.get(name, name.removesuffix("_bytes"))
-        table.add_row(f"  {label}", f"{value / 1e6:,.0f} MB")
+        table.add_row(f"  {label}", f"{value / 1e6:,.{0 if value >= 1e7 else 2}f} MB")
     console.print(table)
 
 
-def announce(setup: Any, adapter: Any) -> None:
-    """Print, before training, how much is trained and what it needs; the same goes into run.json."""
+def announce(setup: Any, adapter: Any, base: int | None = None) -> None:
+    """Print, before training, how much is trained and what it needs; the same goes into run.json.
+
+    Args:
+        base: see `estimate`.
+    """
     config, fit = setup.config, setup.config.adapter.fit
     memory = estimate(
         adapter.model,
         tokens(setup),
-        checkpointing=getattr(fit, "gradient_checkpointing", False),
+        checkpointing=fit.gradient_checkpointing,
         moment_bytes=2 if "8bit" in str(config.optimizer.get("_target_", "")) else 8,
+        width_bytes=2 if "16" in resolve_precision(str(config.trainer.get("precision", "auto"))) else 4,
+        base=base,
     )
-    total = sum(logical(p) for p in adapter.model.parameters())
+    total = sum(logical(p) for p in adapter.model.parameters()) + sum(
+        codes.numel() for codes in {id(layer.codes): layer.codes for _, layer in quantized_layers(adapter.model)}.values()
+    )
     show(memory, adapter.trainable, total)
     setup.record.data["memory"] = {"expected": memory.rows()}
 
@@ -123,5 +140,5 @@ def logical(parameter: Any) -> int:
 def tokens(setup: Any) -> int:
     """Tokens of a training batch, at most."""
     data = setup.data
-    length = getattr(data, "context", None) or getattr(setup.config.data, "max_length", 1)
+    length: Any = getattr(data, "context", None) or getattr(setup.config.data, "max_length", 1)
     return int(length) * int(setup.config.data.batch_size)

@@ -47,7 +47,7 @@ class Module(LightningModule):
         # in a list: neither a submodule, nor in checkpoints, nor put in training mode
         self._teacher = [teacher.eval()] if teacher is not None and distill_weight > 0 else []
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What a checkpoint holds: of a model with an adapter, only what is trained."""
         if has_adapter(self.model):
             return moving_state(self.model, "model.")

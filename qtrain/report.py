@@ -16,6 +16,7 @@ STAGES = {
     "float": "float",
     "ptq": "PTQ (rounded)",
     "qat": "QAT",
+    "adapter_start": "start",
     "adapter": "with adapter",
     "merged_float": "merged, float",
     "merged_rounded": "merged, rounded",
@@ -31,6 +32,8 @@ METRICS = {
     "kl": "KL to float",
 }
 SHARES = ("accuracy", "agreement")
+MOST_COLUMNS = 5
+"""Stages that fit beside each other into a terminal."""
 ANALYSIS_ROWS = 15
 """How many of the most harmful layers are shown."""
 
@@ -40,7 +43,7 @@ def columns(run: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for key, title in STAGES.items():
         if key in run["stages"]:
-            found.append({"title": title, **run["stages"][key]})
+            found.append({"title": "base" if key == "ptq" and "adapter" in run else title, **run["stages"][key]})
     for entry in run["exports"]:
         receipt = entry["receipt"]
         runtime = {name: pair["runtime"] for name, pair in receipt["metric"].items()}
@@ -57,7 +60,7 @@ def columns(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def summary(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The closing table as text: its head, and its rows."""
+    """The closing table as text: its head, and its rows; a column for each stage, or, where there are many, a row."""
     stages = columns(run)
     rows = [[label, *(_metric(key, c.get(key)) for c in stages)] for key, label in METRICS.items() if any(key in c for c in stages)]
     rows.append(["size", *(f"{c['bytes'] / 1e6:.2f} MB" if c.get("bytes") else "" for c in stages)])
@@ -67,7 +70,10 @@ def summary(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for kind in dict.fromkeys(kind for c in stages for kind in c.get("tokens_per_s", {})):
         rates = [c.get("tokens_per_s", {}).get(kind) for c in stages]
         rows.append([f"tokens per second, {kind}", *("" if r is None else f"{r:.0f}" for r in rates)])
-    return ["", *(c["title"] for c in stages)], rows
+    table = [["", *(c["title"] for c in stages)], *rows]
+    if len(stages) > MOST_COLUMNS:
+        table = [list(column) for column in zip(*table, strict=True)]
+    return table[0], table[1:]
 
 
 def _metric(name: str, value: float | None) -> str:
@@ -151,6 +157,7 @@ def html(run: dict[str, Any]) -> str:
         f"{escape(_legend(run))}.</p>",
         _table(head, rows),
         *(_receipt(entry) for entry in run["exports"]),
+        _adapter(run),
         _layers(run),
         _analysis(run.get("analysis", [])),
         "<h2>Left in float</h2><p>" + (", ".join(map(escape, run["kept_float"])) or "nothing") + "</p>",
@@ -187,6 +194,25 @@ def _receipt(entry: dict[str, Any]) -> str:
     return f"<h2>Receipt: {escape(entry['target'])} in {escape(entry['runtime'])} <span class='{verdict}'>{verdict}</span></h2>" + _table(
         ["", ""], rows
     )
+
+
+def _adapter(run: dict[str, Any]) -> str:
+    """What was trained beside the base, what it needed, and what the model says before and after."""
+    adapter = run.get("adapter")
+    if not adapter:
+        return ""
+    expected = run.get("memory", {}).get("expected", {})
+    rows = [
+        ["variant, rank, scaling", f"{adapter['variant']}, {adapter['rank']}, {adapter['scaling']:g}"],
+        ["layers", str(adapter["layers"])],
+        ["trainable parameters", f"{adapter['trainable_parameters']:,}"],
+        ["deployed", adapter["merge"]],
+        *([["expected memory of a step", f"{expected['total_bytes'] / 1e6:,.0f} MB"]] if expected else []),
+        ["folder, in peft's format", adapter["path"]],
+    ]
+    sample = adapter.get("sample")
+    said = [["before", sample["before"]], ["after", sample["after"]]] if sample else []
+    return "<h2>Adapter</h2>" + _table(["", ""], rows) + (_table([sample["prompt"], ""], said) if sample else "")
 
 
 def _layers(run: dict[str, Any]) -> str:

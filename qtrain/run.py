@@ -20,7 +20,7 @@ from qtrain.record import Record
 from qtrain.report import print_summary, write_html
 from qtrain.stages import convert, export, fit_stage, load, measure, preflight, quantize, stream, validate
 
-tuning = lazy_import("qtrain.tuning")  # peft takes a second to import
+tuning, dry = lazy_import("qtrain.tuning"), lazy_import("qtrain.dry")  # peft takes a second to import
 
 
 def run(config: Config, resolved: dict[str, Any], folder: Path) -> float:
@@ -50,10 +50,14 @@ def pipeline(config: Config, record: Record, folder: Path) -> float:
     if config.stream:
         stream(config, record, folder)
         return finish(record, folder, math.nan)
+    if config.dry_run:
+        dry.run(config, record, folder)
+        record.passed()
+        return math.nan
     with record.stage("data and model"):
         setup, float_model = load(config, record, folder)
         if config.adapter is not None:
-            tuning.check(setup)
+            tuning.check(setup, float_model)
         preflight(setup, float_model)
     with record.stage("float"):
         fit_stage(setup, "float", float_model, config.finetune)
@@ -71,7 +75,7 @@ def pipeline(config: Config, record: Record, folder: Path) -> float:
             outputs = measure(setup, "qat", model, float_outputs)
     with record.stage("convert"):
         model, outputs = convert(setup, model, outputs, float_model)
-        if not setup.scheme.exact:
+        if not record.data["convert_equals_prepare"]["bit_exact"]:  # what is exact by construction has raised
             outputs = measure(setup, "converted", model, float_outputs)
         record.data["validation"] = validate(setup, model, float_model)
     for name, exporter in config.export.items():

@@ -136,7 +136,7 @@ def quantize(setup: Setup, float_model: nn.Module) -> nn.Module:
     """Put a copy of ``float_model`` on the grid: transform, find out what to keep in float, prepare, calibrate."""
     config, record = setup.config, setup.record
     scheme, always = setup.scheme, config.model.always_float(float_model)
-    calibration = [inputs for inputs, _ in setup.data.calibration_dataloader()] if scheme.needs_data else []
+    calibration = calibration_batches(setup, scheme)
     near = config.adapter is not None and config.adapter.init == "loftq"
     model = scheme.transform(_copy(float_model, share=not (scheme.moves_weights or near)), calibration, always)
     if near:
@@ -163,6 +163,16 @@ def loftq(setup: Setup, model: nn.Module, always: list[str]) -> dict[str, Any]:
     grids = setup.scheme.weight_grids(model, always)
     names = targets(model, options.target_modules, [*always, *options.modules_to_save])
     return start_near(model, {n: grids[n] for n in names if n in grids}, options.rank, options.scaling, options.loftq_iterations)
+
+
+def calibration_batches(setup: Setup, scheme: Any) -> list[dict[str, Tensor]]:
+    """Keyword inputs to calibrate on, where ``scheme`` reads them; there is then something to be said of them."""
+    if not scheme.needs_data:
+        return []
+    for note in setup.data.calibration_notes:
+        if note not in setup.record.data["notes"]:
+            setup.record.note(note)
+    return [inputs for inputs, _ in setup.data.calibration_dataloader()]
 
 
 def record_fallbacks(setup: Setup) -> None:
@@ -229,7 +239,8 @@ def validate(setup: Setup, model: nn.Module, float_model: nn.Module) -> dict[str
 def convert(setup: Setup, model: nn.Module, outputs: Any, float_model: nn.Module) -> tuple[nn.Module, Any]:
     """Integer codes instead of fake-quant, the proof that no bit of any output changed, and the outputs."""
     scheme = setup.scheme
-    trained = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    trained = {name: p.detach() for name, p in float_model.named_parameters(remove_duplicate=False)}
+    trained |= {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False) if n not in trained or p.shape == trained[n].shape}
     trained |= {f"{name}.weight": layer.folded()[0].detach() for name, layer in fake_layers(model)}
     model = scheme.convert(model).to(setup.device)
     record_fallbacks(setup)

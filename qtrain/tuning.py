@@ -17,16 +17,17 @@ import torch
 from torch import nn
 
 from qtrain.console import console
-from qtrain.lora import Adapter, attach, merged_float, merged_inside
+from qtrain.layers import fake_layers
+from qtrain.lora import Adapter, attach, merged_float, merged_inside, targets
 from qtrain.memory import announce
-from qtrain.stages import Setup, fit_stage, measure, record_fallbacks
+from qtrain.stages import Setup, calibration_batches, fit_stage, measure, record_fallbacks
 
 STAGES = {"apart": "adapter", "float": "merged_float", "rounded": "merged_rounded", "consistent": "merged_consistent"}
 """Where the metrics of each merge are in run.json's `stages`."""
 
 
-def check(setup: Setup) -> None:
-    """Refuse in seconds what would fail after training.
+def check(setup: Setup, model: nn.Module) -> None:
+    """Refuse in seconds what would fail after minutes; ``model`` is the float model, with or without storage.
 
     Raises:
         ValueError: for options that do not go together.
@@ -48,6 +49,9 @@ def check(setup: Setup) -> None:
             f"quantizer={config.quantizer.registered_name} rounds activations, through which no gradient reaches the adapters of earlier "
             "layers. Set grid@quantizer.activation=null, or quantizer=qat"
         )
+    always = config.model.always_float(model)
+    config.quantizer.weight_grids(model, always)
+    targets(model, config.adapter.target_modules, [*always, *config.adapter.modules_to_save])
 
 
 def tune(setup: Setup, model: nn.Module, float_model: nn.Module, float_outputs: Any) -> tuple[nn.Module, Any]:
@@ -57,13 +61,18 @@ def tune(setup: Setup, model: nn.Module, float_model: nn.Module, float_outputs: 
     """
     options, scheme = setup.config.adapter, setup.scheme
     merging = options.merging(scheme)
-    base = model if merging == "consistent" else scheme.convert(model)
+    fake = next(fake_layers(model), None) is not None
+    base = (
+        scheme.convert(model) if fake and merging != "consistent" else model
+    )  # codes take less room, and are decoded, not rounded, each step
     adapter = attach(base, options, setup.task.name, setup.config.model.always_float(float_model))
     for name, (a, b) in setup.starts.items():
         adapter.start(name, a, b)
     if options.path is not None:
         adapter.load(Path(options.path).expanduser())
     announce(setup, adapter)
+    if setup.starts or options.path is not None:
+        measure(setup, "adapter_start", base, float_outputs)
     before = greedy(setup, base, options)
     fit_stage(setup, "adapter", base, options.fit, scheme.callbacks(), teacher=float_model)
     outputs = measure(setup, "adapter", base, float_outputs)
@@ -75,9 +84,7 @@ def tune(setup: Setup, model: nn.Module, float_model: nn.Module, float_outputs: 
     return deployed, outputs
 
 
-def _merges(
-    setup: Setup, base: nn.Module, merging: str, float_model: nn.Module, outputs: Any, float_outputs: Any
-) -> tuple[nn.Module, Any]:
+def _merges(setup: Setup, base: nn.Module, merging: str, float_model: nn.Module, outputs: Any, float_outputs: Any) -> tuple[nn.Module, Any]:
     """Measure every merge that the options allow; the one to deploy, and its outputs."""
     if merging == "apart":
         _merged_float(setup, base, float_model, float_outputs)
@@ -107,7 +114,7 @@ def _merged_float(setup: Setup, base: nn.Module, float_model: nn.Module, float_o
 def _rounded(setup: Setup, merged: nn.Module, float_outputs: Any) -> tuple[nn.Module, Any]:
     setup.scheme = scheme = setup.config.adapter.deploy
     always = setup.config.model.always_float(merged)
-    calibration = [inputs for inputs, _ in setup.data.calibration_dataloader()] if scheme.needs_data else []
+    calibration = calibration_batches(setup, scheme)
     model = scheme.transform(copy.deepcopy(merged) if scheme.moves_weights else merged, calibration, always)
     model, setup.record.data["kept_float"] = scheme.prepare(model, always, setup.data.example_inputs(2))
     model = scheme.calibrate(model, calibration)
@@ -164,4 +171,3 @@ def compare_samples(setup: Setup, before: str | None, after: str | None) -> None
     setup.record.data["adapter"] = {"sample": {"prompt": setup.config.adapter.sample, "before": before, "after": after}}
     for when, text in (("before", before), ("after", after)):
         console.print(f"  {when:6} {setup.config.adapter.sample!r} -> {text!r}", style="dim", soft_wrap=True, highlight=False)
-

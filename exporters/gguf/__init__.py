@@ -43,6 +43,7 @@ class Gguf(Exporter):
 
     tasks: ClassVar[tuple[str, ...]] = ("language", "embedding")
     streams: ClassVar[bool] = True
+    floats: ClassVar[bool] = True
 
     tolerances: Tolerances = field(default_factory=lambda: Tolerances(logits_nmse=1e-2, top1_agreement=0.9, metric=0.02))
     """How far llama.cpp may be from training."""

@@ -96,7 +96,9 @@ class Lora:
                 "wrote, or adapter.path=null for a new adapter"
             )
         if self.path is not None and self.init == "loftq":
-            raise ValueError("adapter.init=loftq makes a new adapter, and adapter.path names one. Set adapter.init=zero or adapter.path=null")
+            raise ValueError(
+                "adapter.init=loftq makes a new adapter, and adapter.path names one. Set adapter.init=zero or adapter.path=null"
+            )
         if self.merge == "rounded" and self.deploy is None:
             raise ValueError(
                 "adapter.merge=rounded needs to know onto which grid. Set quantizer@adapter.deploy=rtn grid@adapter.deploy.weight=q4_0, say"

@@ -114,13 +114,22 @@ class CausalLm(Pretrained):
                 f"stream=true reads safetensors files of a folder, and model.path={self.path} is none. "
                 "Set model.path=/a/folder, or stream=false"
             )
-        weights = Weights(Path(source))
+        return self.empty(torch.float32), Weights(Path(source))
+
+    def empty(self, dtype: Any = None) -> nn.Module:
+        """The model without storage (device `meta`), in evaluation mode; needs the config alone.
+
+        Args:
+            dtype: of its weights; None is `dtype` of the options.
+        """
+        source, config = self._config()
+        self._require_float(source, config)
         config = config.get_text_config()
         config.use_cache = False
         auto: Any = transformers.AutoModelForCausalLM
         with quiet(), self._explained(source), torch.device("meta"):
-            model: nn.Module = auto.from_config(config, dtype=torch.float32)
-        return model.eval(), weights
+            model: nn.Module = auto.from_config(config, dtype=dtype or getattr(torch, self.dtype))
+        return model.eval()
 
     def sample(self) -> Path:
         """SmolLM2-135M-Instruct, decoded."""

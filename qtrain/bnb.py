@@ -1,0 +1,122 @@
+"""bitsandbytes' layers in a model: put there by transformers' own function, and read back as codes of our grids.
+
+The 4-bit types are the grids nf4 and fp4 to the bit (`qtrain/grids/codebook.py`). LLM.int8() has int8 codes and the
+absmax of each row, float32; as a grid that is int8 per channel with scale absmax / 127, where bitsandbytes multiplies by its float32
+1 / 127 (the last bit may differ).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtrain.console import progress
+from qtrain.grids.base import QuantizedTensor, require_finite
+from qtrain.layers import QuantizedLinear
+from qtrain.prepare import replace
+from qtrain.registry import get
+
+COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def settings(options: Any) -> Any:
+    """transformers' `BitsAndBytesConfig` of `qtrain.quantizers.bnb.Bnb`.
+
+    Raises:
+        ValueError: if bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"quantizer=bnb needs the package bitsandbytes ({error}). Install it: pip install bitsandbytes") from error
+    from transformers import BitsAndBytesConfig as Settings
+
+    make: Any = Settings
+
+    if options.type == "int8":
+        return make(load_in_8bit=True, llm_int8_threshold=options.threshold)
+    return make(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.type,
+        bnb_4bit_use_double_quant=options.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype(options.compute_dtype),
+        bnb_4bit_quant_storage=getattr(torch, options.quant_storage),
+    )
+
+
+def compute_dtype(name: str) -> torch.dtype:
+    """The type of products: `auto` is bfloat16 where CUDA has it, else float32."""
+    if name != "auto":
+        return COMPUTE[name]
+    fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+@torch.no_grad()
+def swap(model: nn.Module, linear: dict[str, Any], options: Any) -> None:
+    """Put bitsandbytes' layers in place of ``linear``, quantized on the GPU where there is one.
+
+    Raises:
+        ValueError: if a weight is not finite.
+    """
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    config = settings(options)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # that int8 casts its inputs to float16, at every product
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    others = [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in linear]
+    replace_with_bnb_linear(model, modules_to_not_convert=others, quantization_config=config)
+    for name, module in progress(linear.items(), f"quantizing to {options.type}"):
+        require_finite(module.weight, f"the weight of {name}")
+        layer: Any = model.get_submodule(name)
+        empty = {key: value for key, value in vars(layer.weight).items() if key not in ("SCB", "CB")}
+        kind = type(layer.weight)
+        weight = module.weight.detach().to(device if options.type != "int8" else "cpu")
+        layer.weight = kind(weight.contiguous(), requires_grad=False, **empty).to(device)
+        layer.bias = module.bias
+        layer.support_avx512bf16_for_cpu = False  # see qtrain/quantizers/bnb.py
+        layer.train(module.training)
+    _mark(model, config, options.type)
+
+
+def _mark(model: Any, config: Any, kind: str) -> None:
+    """What transformers and peft look at."""
+    setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
+    if hasattr(model, "config"):
+        model.config.quantization_config = config
+
+
+def is_bnb(module: nn.Module) -> bool:
+    """Whether it is a layer of bitsandbytes."""
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+
+
+def codes_of(layer: Any) -> QuantizedTensor:
+    """Codes, scales and grid of a layer of bitsandbytes; nothing is rounded."""
+    if type(layer.weight).__name__ == "Params4bit":
+        state, data = layer.weight.quant_state, layer.weight.data
+        params = {"absmax": state.absmax}
+        if state.nested:
+            params |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.reshape(())}
+        grid = get("grid", state.quant_type)(block_size=state.blocksize, double_quant=state.nested)
+        return grid.unpack(data.contiguous().view(torch.uint8), tuple(state.shape), params)
+    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    codes = layer.weight.CB if getattr(layer.weight, "CB", None) is not None else layer.weight.data
+    grid = get("grid", "affine")(bits=8, granularity="channel", rule="absmax")
+    return QuantizedTensor(grid, codes.to(torch.int8), {"scale": (scales.float() / 127).reshape(-1, 1)})
+
+
+def convert(model: nn.Module) -> nn.Module:
+    """Layers of ours in place of bitsandbytes', in place; shares nothing with them but the bias."""
+    for name, layer in progress([(n, m) for n, m in model.named_modules() if is_bnb(m)], "reading codes"):
+        replace(model, name, QuantizedLinear(codes_of(layer), layer.bias))
+    target: Any = model
+    for attribute in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if attribute in vars(model):
+            delattr(model, attribute)
+    if getattr(getattr(target, "config", None), "quantization_config", None) is not None:
+        del target.config.quantization_config
+    return model.eval()
