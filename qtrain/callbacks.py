@@ -1,4 +1,4 @@
-"""What happens around training steps: fake-quant schedule, checkpoints to resume from, a stop at NaN, progress."""
+"""What happens around training steps: fake-quant schedule, checkpoints to resume from, best weights, progress."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
 from qtrain.checkpoint import load_weights, remove, save_model, tidy
+from qtrain.divergence import StopAtNonFinite, finite_weights
 from qtrain.fit import Fit
 from qtrain.layers import FakeConv, fake_activations, fake_layers
 from qtrain.prepare import choose_once
@@ -97,19 +98,6 @@ def _reached(when: int | None, step: int) -> bool:
     return when is not None and step >= when
 
 
-class StopAtNonFinite(Callback):
-    """Stop when the loss is NaN or infinite; what was saved before stays."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Check the loss of this step."""
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if loss is not None and not bool(torch.isfinite(loss)):
-            raise ValueError(
-                f"the loss is {float(loss)} at step {trainer.global_step}; the checkpoints before it are kept. "
-                "Set finetune.learning_rate=1e-5 (quantizer.fit.learning_rate=1e-5), or trainer.precision=32-true"
-            )
-
-
 class StepCheckpoint(Callback):
     """Write `step-N` folders to resume from: every ``every`` optimizer steps and on Ctrl-C; only the newest is kept."""
 
@@ -152,7 +140,8 @@ class StepCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """On Ctrl-C between two steps, save where we are; inside a step the last checkpoint stands."""
-        if self.every and isinstance(exception, KeyboardInterrupt) and self._consistent and trainer.global_step > max(self.saved, 0):
+        stopped = self.every and isinstance(exception, KeyboardInterrupt) and self._consistent
+        if stopped and trainer.global_step > max(self.saved, 0) and finite_weights(pl_module):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
@@ -229,7 +218,7 @@ def progress(stage: str) -> Callback:
 
 def standard_callbacks(fit: Fit, stage: str, folder: Path) -> list[Callback]:
     """What every training stage has."""
-    callbacks: list[Callback] = [progress(stage), StopAtNonFinite(), StepCheckpoint(folder, fit.checkpoint_every)]
+    callbacks: list[Callback] = [progress(stage), StopAtNonFinite(fit, stage, folder), StepCheckpoint(folder, fit.checkpoint_every)]
     if fit.early_stopping:
         callbacks.append(EarlyStopping("validation_loss", patience=fit.early_stopping))
     if fit.keep == "best":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from qtrain.language_task import TASK
 from qtrain.module import Module
 from tests.tiny_lm import tiny_text, tiny_tokenizer
 
-TRAINER = {"_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "precision": "32-true", "gradient_clip_val": 1.0}
+TRAINER = {
+    "_target_": "lightning.pytorch.Trainer",
+    "accelerator": "cpu",
+    "precision": "32-true",
+    "gradient_clip_val": 1.0,
+    "enable_model_summary": False,
+}
 
 
 def small_llama(**config: Any) -> Any:
@@ -35,13 +42,17 @@ def small_llama(**config: Any) -> Any:
         return LlamaForCausalLM(LlamaConfig(**{**values, **config}))
 
 
+tokenizer = cache(tiny_tokenizer)
+"""Making it takes a second."""
+
+
 def small_text(folder: Path, characters: int = 8000, batch_size: int = 4) -> LanguageDataModule:
     """Sequences of 32 tokens."""
     from qtrain.data.text import TextCorpus
 
     path = folder / "text.txt"
     path.write_text(tiny_text(characters))
-    return TextCorpus(train=str(path), context=32, batch_size=batch_size, calibration_sequences=2).build(tiny_tokenizer(), 0)
+    return TextCorpus(train=str(path), context=32, batch_size=batch_size, calibration_sequences=2).build(tokenizer(), 0)
 
 
 def language_fit(
