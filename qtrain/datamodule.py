@@ -175,6 +175,8 @@ class ResumableDataModule(LightningDataModule, Generic[E]):
     label_names: list[str]
     notes: list[str]
     """What was dropped, cut or looks odd, one sentence each."""
+    calibration_notes: list[str]
+    """The same of the calibration data, which not every run reads."""
     _train: E
     _validation: E
     _test: E
@@ -183,7 +185,7 @@ class ResumableDataModule(LightningDataModule, Generic[E]):
 
     def __init__(self, label_names: list[str], notes: Iterable[str], batch_size: int, eval_batch_size: int, seed: int) -> None:
         super().__init__()
-        self.label_names, self.notes = label_names, list(notes)
+        self.label_names, self.notes, self.calibration_notes = label_names, list(notes), []
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size, seed
 
     @abstractmethod

@@ -190,7 +190,7 @@ class LanguageDataModule(ResumableDataModule[Windows]):
         found = len(self._calibration)
         if found < max(calibration_sequences, FEW):
             why = "the text has no more" if found < calibration_sequences else f"{FEW} or more are advised"
-            self.notes.append(f"calibration has {found} sequences of {self.context} tokens (data.calibration_sequences): {why}")
+            self.calibration_notes = [f"calibration has {found} sequences of {self.context} tokens (data.calibration_sequences): {why}"]
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:

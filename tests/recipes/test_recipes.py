@@ -94,6 +94,8 @@ def speaks(recipe: str, run: dict[str, Any]) -> None:
     folder = Path(run["exports"][0]["path"]).parent
     assert f"FROM ./{Path(run['exports'][0]['path']).name}" in (folder / "Modelfile").read_text()
     assert (folder / "imatrix.gguf").exists() == bool(run["config"]["quantizer"]["imatrix"])
+    calibrates = run["config"]["quantizer"]["imatrix"] is True  # which alone reads the calibration text here, whose size is then noted
+    assert any(note.startswith("calibration has 32 sequences") for note in run["notes"]) == calibrates
 
 
 def embeds(recipe: str, run: dict[str, Any]) -> None:
