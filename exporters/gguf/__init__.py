@@ -173,15 +173,16 @@ class Gguf(Exporter):
         """None: llama.cpp has no call for a single product; activations are compared through the logits."""
         return iter(())
 
-    def session(self, path: Path) -> Any:
-        """llama.cpp with the file loaded."""
+    def session(self, path: Path, context: int = 512) -> Any:
+        """llama.cpp with the file loaded, for texts of ``context`` tokens: its memory of keys and values is allocated at once, and the
+        context that a model was trained with may be gigabytes of it."""
         from exporters.gguf.llama import Llama
 
-        return Llama(path, context=None, threads=self.threads)
+        return Llama(path, context, threads=self.threads)
 
     def logits(self, path: Path, batches: list[tuple[Inputs, Tensor]]) -> Tensor:
         """Logits at every position of every sequence, float32 [N, V]; for small texts, `compare` works without holding them."""
-        with self.session(path) as llama:
+        with self.session(path, max(inputs["input_ids"].shape[1] for inputs, _ in batches)) as llama:
             rows = [torch.from_numpy(llama.logits(ids.tolist())) for inputs, _ in batches for ids in inputs["input_ids"]]
         return torch.cat(rows)
 

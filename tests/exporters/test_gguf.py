@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import psutil
 import pytest
 import torch
 import transformers
@@ -100,6 +101,19 @@ def test_with_inputs_on_the_kernels_own_grid_training_is_nearer_to_llama_cpp(set
                 fresh.add(i, 0, llama.logits(ids))
         errors.append(fresh.result()["nmse"])
     assert errors[1] < 0.8 * errors[0]  # what is left are values that other sums moved across a rounding boundary
+
+
+def test_a_long_training_context_takes_no_memory(setup: Any, tmp_path: Path) -> None:
+    """Keys and values of 2^20 tokens would be 1 GB even of the tiny model."""
+    given = job(setup, tmp_path)
+    given.model.config.max_position_embeddings = 1 << 20  # type: ignore[union-attr,assignment]
+    before = psutil.Process().memory_info().rss
+    path = Path(Gguf(**QUICK).export(given)["path"])
+    with Gguf(**QUICK).session(path) as llama:
+        assert llama.context == 512 and llama.metadata()["llama.context_length"] == str(1 << 20)
+        assert len(llama.logits(list(range(3, 103)))) == 100
+        assert psutil.Process().memory_info().rss - before < 200e6
+    assert Gguf(**QUICK).logits(path, setup[2]).shape == (sum(inputs["input_ids"].numel() for inputs, _ in setup[2]), 512)
 
 
 def test_a_file_in_parts(setup: Any, tmp_path: Path) -> None:
