@@ -351,7 +351,7 @@ def fold(w: Tensor, b: Tensor | None, batch_norm: Any) -> tuple[Tensor, Tensor]:
 
 
 class FakeEmbedding(nn.Embedding, FakeLayer):
-    """`nn.Embedding` whose rows are fake-quantized; only the rows of the batch are, since no scale spans two rows.
+    """`nn.Embedding` whose rows are fake-quantized; only the rows of the batch are, unless scales span rows.
 
     Where the embedding multiplies its rows (`qtrain/scaled_embedding.py`), so does this, after they were fake-quantized.
     """
@@ -364,7 +364,7 @@ class FakeEmbedding(nn.Embedding, FakeLayer):
             setattr(self, name, getattr(embedding, name))
         self.weight, self.bias = embedding.weight, None
         self._set_up(weight, None)
-        self.whole = getattr(weight, "granularity", "") == "tensor"
+        self.whole = weight.spans_rows(tuple(embedding.weight.shape))
         _keep_scale(self, scale_of(embedding), SCALE not in embedding._non_persistent_buffers_set)
         self.train(embedding.training)
 
@@ -376,7 +376,7 @@ class FakeEmbedding(nn.Embedding, FakeLayer):
         if not self.quantize_now():
             return nn.Embedding.forward(self, ids)
         fake = self.weight_fake
-        if self.whole or fake.scale is not None:
+        if self.whole or fake.scale is not None or any(len(p) != self.num_embeddings for p in (fake.frozen or {}).values()):
             return F.embedding(ids, fake(self.weight), self.padding_idx)
         flat = ids.reshape(-1)
         params = None if fake.frozen is None else {name: p[flat] for name, p in fake.frozen.items()}
@@ -526,9 +526,8 @@ class QuantizedEmbedding(QuantizedLayer):
 
     def _rows(self, ids: Tensor) -> Tensor:
         q = self.quantized
-        if all(len(p) == len(q.codes) for p in q.params.values()):  # gather first: rows are independent
-            flat = ids.reshape(-1)
-            rows = QuantizedTensor(q.grid, q.codes[flat], {n: p[flat] for n, p in q.params.items()})
+        rows = q.grid.take(q, ids.reshape(-1))
+        if rows is not None:
             return rows.decode().reshape(*ids.shape, self.embedding_dim).to(self.dtype)
         return F.embedding(ids, q.decode().to(self.dtype))
 

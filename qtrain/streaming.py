@@ -117,10 +117,14 @@ class StreamedTensor:
 def _sqnr_db(w: Tensor, q: QuantizedTensor) -> float | None:
     """As `qtrain.evaluate.sqnr_db`, some rows at a time; None where nothing was lost."""
     signal = noise = 0.0
+    whole = None
     step = max(1, PIECE // w.shape[-1])
     for start in range(0, len(w), step):
         rows = slice(start, start + step)
-        values = QuantizedTensor(q.grid, q.codes[rows], {n: p[rows] for n, p in q.params.items()}).decode()
+        part = q.grid.take(q, rows)
+        if part is None and whole is None:
+            whole = q.decode()
+        values = part.decode() if part is not None else whole[rows]  # type: ignore[index]
         signal += float(w[rows].square().sum(dtype=torch.float64))
         noise += float((w[rows] - values).square().sum(dtype=torch.float64))
     return 10 * math.log10(max(signal, 1e-300) / noise) if noise else None

@@ -134,6 +134,9 @@ class Affine(Grid):
             )
         return None
 
+    def spans_rows(self, shape: tuple[int, ...]) -> bool:
+        return self.granularity == "tensor"
+
     def choose(self, w: Tensor, importance: Tensor | None = None) -> Params:
         """Scales, and zero points for asymmetric rules; float32 and int8, shape [R, G]. ``importance`` is ignored: values count alike."""
         self._refuse_shape(tuple(w.shape))

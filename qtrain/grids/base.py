@@ -110,6 +110,20 @@ class Grid(ABC):
     def check_shape(self, shape: tuple[int, ...]) -> str | None:
         """Why a tensor of this shape does not fit the grid, or None if it does."""
 
+    def spans_rows(self, shape: tuple[int, ...]) -> bool:
+        """Whether a row (an index of dim 0) of a tensor of this shape has parameters that depend on other rows."""
+        return False
+
+    def take(self, q: QuantizedTensor, rows: Tensor | slice) -> QuantizedTensor | None:
+        """Rows of ``q`` as a tensor of their own that decodes to the same bits, or None where they cannot be taken out.
+
+        Args:
+            rows: indices of dim 0, int64 [R], or a slice.
+        """
+        if self.spans_rows(q.shape) or any(len(p) != len(q.codes) for p in q.params.values()):
+            return None
+        return QuantizedTensor(self, q.codes[rows], {name: p[rows] for name, p in q.params.items()})
+
     def check_dtype(self, dtype: torch.dtype) -> str | None:
         """Why values of this grid that are kept in ``dtype`` have other codes or scales when they are encoded again; None if they have the
         same, or the grid does not know."""
