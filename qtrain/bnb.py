@@ -89,6 +89,11 @@ def _mark(model: Any, config: Any, kind: str) -> None:
         model.config.quantization_config = config
 
 
+def is_int8(module: nn.Module) -> bool:
+    """Whether it is a layer of LLM.int8()."""
+    return type(getattr(module, "weight", None)).__name__ == "Int8Params"
+
+
 def is_bnb(module: nn.Module) -> bool:
     """Whether it is a layer of bitsandbytes."""
     return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")

@@ -5,12 +5,12 @@ LoRA begins with B = 0, so a model on 4 or fewer bits begins as far from the flo
     Q_t        = decode(encode(W - R_{t-1}))         R_0 = 0; the grid is the base's own, whatever it is
     R_t        = rank-r approximation of W - Q_t     by singular values: U_r S_r V_r
 
-and starts from the base Q_t and the adapter s * B A = R_t, B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r. The error |W - Q_t - R_t| (Frobenius)
-need not fall in every round, so the round with the least is taken; round 1 is plain rounding plus an adapter that makes up for it. The base is
-another model than rounding W gives, which is why an adapter remembers the hash of its base.
+and starts from the base Q_t and the adapter s * B A = R_t, B = U_r sqrt(S_r / s), A = sqrt(S_r / s) V_r. The error |W - Q_t - R_t|
+(Frobenius) need not fall in every round, so the round with the least is taken; round 1 is plain rounding plus an adapter that makes up
+for it. The base is another model than rounding W gives, which is why an adapter remembers the hash of its base.
 
-The decomposition is a randomized one (Halko et al. 2011; `torch.svd_lowrank`) with a fixed seed: an adapter needs the first r of hundreds of
-singular values.
+The decomposition is a randomized one (Halko et al. 2011; `torch.svd_lowrank`) with a fixed seed: an adapter needs the first r of hundreds
+of singular values.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from peft.tuners.lora import layer as peft_layer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from qtrain.bnb import codes_of, is_bnb, is_int8
 from qtrain.checkpoint import staged
 from qtrain.files import write_json
 from qtrain.layers import FakeLinear, QuantizedLayer, QuantizedLinear
@@ -226,6 +227,11 @@ def attach(model: nn.Module, options: Any, task: str, without: list[str]) -> Ada
         ValueError: if the target modules do not exist.
     """
     names = targets(model, options.target_modules, [*without, *options.modules_to_save])
+    if options.variant == "dora" and not torch.cuda.is_available() and any(is_int8(m) for m in model.modules()):
+        raise ValueError(
+            "adapter.variant=dora beside quantizer.type=int8 needs CUDA: on a CPU peft 0.21 drops the scales of LLM.int8() weights when it "
+            "reads their norms. Set adapter.variant=lora, or quantizer.type=nf4"
+        )
     missing = [m for m in options.modules_to_save if not any(n == m or n.endswith(f".{m}") for n, _ in model.named_modules())]
     if missing:
         raise ValueError(
@@ -262,9 +268,7 @@ def base_weight(layer: nn.Module) -> Tensor:
     if isinstance(layer, QuantizedLayer):
         return layer.quantized.decode()
     weight: Any = layer.weight
-    if type(weight).__name__ in ("Params4bit", "Int8Params"):
-        from qtrain.bnb import codes_of
-
+    if is_bnb(layer):
         return codes_of(layer).decode()
     if hasattr(weight, "dequantize") and not isinstance(weight.data, nn.Parameter) and type(weight.data) is not Tensor:
         return weight.dequantize()  # type: ignore[no-any-return]  # torchao's
@@ -317,7 +321,7 @@ def merged_float(model: nn.Module, float_model: nn.Module) -> nn.Module:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module holds codes, ours or those of bitsandbytes."""
-    return isinstance(module, QuantizedLayer) or type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+    return isinstance(module, QuantizedLayer) or is_bnb(module)
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -2,7 +2,8 @@
 
     base       what the quantizer made, its codes; or, of quantizer=qat, fake-quantized layers that the adapter goes into
     adapter    trained by the one LightningModule; checkpoints hold the adapter alone
-    merges     measured beside each other on the test split: stage "adapter" (kept apart), "merged_float", "merged_rounded", "merged_consistent"
+    merges     measured beside each other on the test split: stage "adapter" (kept apart), "merged_float", "merged_rounded",
+               "merged_consistent"
 
 What is deployed goes on to `convert` and the exporters like any other quantized model.
 """
@@ -36,8 +37,8 @@ def check(setup: Setup, model: nn.Module) -> None:
     merging = config.adapter.merging(config.quantizer)
     if merging == "apart" and config.export:
         raise ValueError(
-            f"adapter.merge=apart keeps base and adapter two things, and export=[{','.join(config.export)}] writes one model. Set export=[] "
-            "(the adapter's folder is written in any case), or adapter.merge=float"
+            f"adapter.merge=apart keeps base and adapter two things, and export=[{','.join(config.export)}] writes one model. "
+            "Set export=[] (the adapter's folder is written in any case), or adapter.merge=float"
         )
     if merging != "consistent" and config.quantizer.smoothquant is not None:
         raise ValueError(

@@ -62,7 +62,7 @@ class Lora:
     path: str | None = None
     """An adapter folder to go on from; null for a new one."""
     merge: str = "auto"
-    """What is deployed: apart, float, rounded, consistent; auto: consistent of quantizer=qat, else rounded if there is a deploy, else float."""
+    """What is deployed: apart, float, rounded, consistent; auto: consistent of quantizer=qat, else rounded with a deploy, else float."""
     deploy: Any = None
     """Quantizer that rounds the merged model: quantizer@adapter.deploy=rtn grid@adapter.deploy.weight=q4_0, say."""
     sample: str | None = "The easiest way to learn Python is"
@@ -77,8 +77,8 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
             raise ValueError(
-                f"adapter.rank is {self.rank}, alpha {self.alpha}, dropout {self.dropout}; rank is at least 1, alpha above 0, dropout from 0 "
-                "to below 1. Set adapter.rank=16 adapter.alpha=32 adapter.dropout=0"
+                f"adapter.rank is {self.rank}, alpha {self.alpha}, dropout {self.dropout}; rank is at least 1, alpha above 0, dropout from "
+                "0 to below 1. Set adapter.rank=16 adapter.alpha=32 adapter.dropout=0"
             )
         for option, valid in {"variant": VARIANTS, "bias": BIASES, "init": INITS, "merge": MERGES}.items():
             if getattr(self, option) not in valid:
@@ -139,8 +139,8 @@ class Lora:
     def _require_consistent(self, scheme: Any) -> None:
         if scheme.registered_name != "qat":
             raise ValueError(
-                f"quantizer={scheme.registered_name} has layers of its own, which take no adapter. Set quantizer=qat (trained on the deployed "
-                "grid), quantizer=bnb or quantizer=rtn"
+                f"quantizer={scheme.registered_name} has layers of its own, which take no adapter. Set quantizer=qat (trained on the "
+                "deployed grid), quantizer=bnb or quantizer=rtn"
             )
         given = [f"adapter.merge={self.merge}"] if self.merge not in ("auto", "consistent") else []
         given += ["quantizer@adapter.deploy"] if self.deploy is not None else []
@@ -149,6 +149,6 @@ class Lora:
         given += ["quantizer.learn_scale=true"] if scheme.learn_scale else []
         if given:
             raise ValueError(
-                f"with quantizer=qat the adapter is part of the rounded weight, Q(W + s * B A), which leaves no room for {', '.join(given)}. "
-                "Leave that out, or set quantizer=bnb (or rtn)"
+                f"with quantizer=qat the adapter is part of the rounded weight, Q(W + s * B A), which leaves no room for "
+                f"{', '.join(given)}. Leave that out, or set quantizer=bnb (or rtn)"
             )
