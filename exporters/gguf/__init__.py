@@ -117,7 +117,7 @@ class Gguf(Exporter):
         """The model, its Modelfile, its importances, and the float model to compare with."""
         from exporters.gguf.architectures import describe, metadata
         from exporters.gguf.contents import left_out
-        from exporters.gguf.modelfile import modelfile
+        from exporters.gguf.modelfile import modelfile, shortfalls
         from exporters.gguf.tokenizers import vocabulary
         from exporters.gguf.write import entries, write
         from qtrain.imatrix import save
@@ -136,6 +136,7 @@ class Gguf(Exporter):
         if job.task == "language":
             context = self.num_ctx or min(job.max_length, 4096)
             (folder / "Modelfile").write_text(modelfile(job.processor, files[0].name, context), encoding="utf-8")
+            artefact.fallbacks += [{"name": "Modelfile", "why": why} for why in shortfalls(job.processor)]
         if job.importance:
             save(folder / "imatrix.gguf", job.model, job.importance)
         if self.compare_float and job.float_model is not None:

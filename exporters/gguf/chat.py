@@ -10,6 +10,9 @@ The system message stands in one of three places: at the start (X SYSTEM Y inste
 Gemma), or inside the last user's turn (Mistral). Then all probes are rendered from what was found, and must be what the template renders; a
 template that depends on anything else is None here, not nearly right.
 
+Templates that print today's date (Llama 3.2, SmolLM3, gpt-oss, …) are run with a mark in its place, which says in which format they want
+it, and once more on one fixed day, for which the marks must then be good.
+
 What is not found out: tools, images, reasoning. Text that a template strips around messages is taken as given.
 """
 
@@ -27,13 +30,17 @@ SYSTEM, USERS, ASSISTANTS = "Qsystemq", ("Quserq", "Qsecondq", "Qthirdq"), ("Qas
 """Words of the probes."""
 NOW = datetime(2024, 7, 26)
 """What templates that print the date are told: Llama 3's own default."""
+MARK = re.compile("\ue000(.*?)\ue001")
+"""Where the date stands, and in which format; from Unicode's private use area."""
+FORMS = ("%Y", "%y", "%m", "%-m", "%d", "%-d", "%B", "%b", "%A", "%a", "%H", "%M", "%S")
+"""Parts of a date that templates ask for."""
 DATE = "strftime_now"
 """The function with which they ask; transformers takes no other in its place, so that a macro of the same name goes before the template."""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """The text around messages."""
+    """The text around messages; `MARK` where the date stands."""
 
     start: str
     """Before the first turn where there is no system message."""
@@ -49,11 +56,18 @@ class Turns:
     """Instead of before_assistant where the message is the last one, which the model goes on writing."""
     generation: str
     """Instead of before_assistant where the model writes the message."""
-    dated: bool = False
-    """Whether the template prints the date."""
+    fixed_date: bool = False
+    """Whether the template asks for the date, and does with it what cannot be marked: it is then `NOW`, in these texts."""
+
+    @property
+    def dates(self) -> list[str]:
+        """The formats in which the texts have the date."""
+        values = [text for value in vars(self).values() for text in (value if isinstance(value, tuple) else (str(value),))]
+        return list(dict.fromkeys(form for text in values for form in MARK.findall(text)))
 
     def render(self, messages: Messages) -> str:
-        """What the template makes of ``messages``; the last is a user's, after which the model writes, or an assistant's, not ended."""
+        """What the template makes of ``messages`` on the day `NOW`; the last is a user's, after which the model writes, or an assistant's,
+        not ended."""
         system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
         rest = [m for m in messages if m["role"] != "system"]
         said = system.join(self.system) if system and self.system is not None else ""
@@ -69,20 +83,22 @@ class Turns:
                 parts += [self.last_assistant if last else self.before_assistant, text, "" if last else self.after_assistant]
             if last and message["role"] == "user":
                 parts.append(self.generation)
-        return "".join(parts)
+        return MARK.sub(lambda mark: NOW.strftime(mark[1]), "".join(parts))
 
 
 def turns(tokenizer: Any) -> Turns | None:
     """What the chat template of ``tokenizer`` does; null if it has none, or it cannot be said in turns."""
     if not getattr(tokenizer, "chat_template", None):
         return None
-    ask = _Asked(tokenizer)
-    try:
-        found = _find(ask)
-    except _Odd:
-        return None
-    same = all(found.render(probe) == ask(probe) for probe in probes(found.system is not None) if ask.renders(probe))
-    return found if same else None
+    plain = _Asked(tokenizer)
+    for ask in ([_Asked(tokenizer, marked=True)] if plain.dated else []) + [plain]:
+        try:
+            found = _find(ask)
+        except _Odd:
+            continue
+        if all(found.render(probe) == plain(probe) for probe in probes(found.system is not None) if plain.renders(probe)):
+            return found
+    return None
 
 
 def stops(found: Turns, tokenizer: Any) -> list[str]:
@@ -115,13 +131,13 @@ class _Odd(Exception):
 
 
 class _Asked:
-    """The template, as a function of messages."""
+    """The template, as a function of messages, on the day `NOW`; or, ``marked``, with `MARK` instead of the date."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, marked: bool = False) -> None:
         template = tokenizer.chat_template
         template = template.get("default", "") if isinstance(template, dict) else template
-        self.tokenizer, self.dated = tokenizer, DATE in template
-        self._template = _fixed_date() + template if self.dated else None
+        self.tokenizer, self.dated, self.marked = tokenizer, DATE in template, marked
+        self._template = _macro(marked) + template if self.dated else None
 
     def __call__(self, messages: Messages) -> str:
         """The text after which the model writes.
@@ -161,12 +177,10 @@ class _Asked:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **given))
 
 
-def _fixed_date() -> str:
-    """A macro that formats `NOW`."""
-    known = "".join(
-        f" | replace('{form}', '{NOW.strftime(form)}')" for form in ("%Y", "%m", "%d", "%B", "%b", "%A", "%a", "%H", "%M", "%S")
-    )
-    return f"{{% macro {DATE}(form) %}}{{{{ form{known} }}}}{{% endmacro %}}"
+def _macro(marked: bool) -> str:
+    """A macro that formats `NOW`, or only marks the place and the format."""
+    value = "'\ue000' + form + '\ue001'" if marked else "form" + "".join(f" | replace('{f}', '{NOW.strftime(f)}')" for f in FORMS)
+    return f"{{% macro {DATE}(form) %}}{{{{ {value} }}}}{{% endmacro %}}"
 
 
 def _talk(count: int, system: bool = False) -> Messages:
@@ -216,7 +230,7 @@ def _find(ask: _Asked) -> Turns:
         "generation": end.removeprefix(after_user),
     }
     system, place = _system(ask, plain["start"], before_user) if ask.renders(_talk(1, True)) else (None, "start")
-    return Turns(**plain, system=system, place=place, dated=ask.dated)
+    return Turns(**plain, system=system, place=place, fixed_date=ask.dated and not ask.marked)
 
 
 def _system(ask: _Asked, start: str, before_user: str) -> tuple[tuple[str, str] | None, str]:

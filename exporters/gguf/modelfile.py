@@ -12,16 +12,24 @@ the template begins the assistant's turn, or an assistant's, which is left open 
 In Go's language {{- removes the white space before it, across line ends, but only as far as the last action. So the template's own lines
 begin with {{- and follow an action, never a text.
 
+Today's date is {{ currentDate }}, which Ollama has since 0.11.1 (template/template.go) and always writes as 2024-07-26, whatever the chat
+template asks for.
+
 A chat template that cannot be said this way is left out, with a comment that says so; Ollama then takes its own for the model, if it knows
-one. Tools are not in the template.
+one. Tools are not in the template. `shortfalls` says the same for the record.
 '''
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from exporters.gguf.chat import Turns, stops, turns
+from exporters.gguf.chat import MARK, NOW, Turns, stops, turns
 from exporters.gguf.tokenizers import surroundings
+
+TODAY = "{{ currentDate }}"
+TODAYS_FORMAT = "%Y-%m-%d"
+"""How Ollama writes it."""
 
 
 def modelfile(tokenizer: Any, gguf_name: str, num_ctx: int) -> str:
@@ -38,15 +46,44 @@ def modelfile(tokenizer: Any, gguf_name: str, num_ctx: int) -> str:
         raise ValueError(f"export.gguf.num_ctx is {num_ctx}; a context has at least 1 token. Set export.gguf.num_ctx=4096")
     lines = [f"# ollama create NAME -f Modelfile\nFROM ./{gguf_name}"]
     found = turns(tokenizer)
-    if found is None:
-        has = bool(getattr(tokenizer, "chat_template", None))
-        why = "the tokenizer's chat template cannot be said in Ollama's language" if has else "the tokenizer has no chat template"
-        lines.append(f"# No TEMPLATE: {why}.")
-    else:
+    lines += [f"# {text}." for text in _shortfalls(tokenizer, found)]
+    if found is None and not _has_template(tokenizer):
+        lines.append("# No TEMPLATE: the tokenizer has no chat template.")
+    if found is not None:
         lines += _comments(found)
         lines.append(f'TEMPLATE """{template(found, leading_bos(tokenizer))}"""')
         lines += [f"PARAMETER stop {_quoted(text)}" for text in stops(found, tokenizer)]
     return "\n".join([*lines, f"PARAMETER num_ctx {num_ctx}", ""])
+
+
+def shortfalls(tokenizer: Any) -> list[str]:
+    """What the chat template does and the Modelfile cannot, one sentence each, without a full stop."""
+    return _shortfalls(tokenizer, turns(tokenizer))
+
+
+def _shortfalls(tokenizer: Any, found: Turns | None) -> list[str]:
+    if found is None:
+        return ["No TEMPLATE: the tokenizer's chat template cannot be said in Ollama's language"] if _has_template(tokenizer) else []
+    lost = []
+    for form in found.dates:
+        asked, there = f"The chat template prints today's date as {NOW.strftime(form)} ({form})", NOW.strftime(TODAYS_FORMAT)
+        if not _is_whole(form):
+            lost.append(f"{asked}, which Ollama's language cannot; it is a fixed one here")
+        elif form != TODAYS_FORMAT:
+            lost.append(f"{asked}, Ollama's {TODAY} as {there}")
+    if found.fixed_date:
+        lost.append(f"The chat template prints today's date, which Ollama's language cannot do like this; it is {NOW:%d %b %Y} here")
+    return lost
+
+
+def _has_template(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def _is_whole(form: str) -> bool:
+    """Whether a format names day, month and year, so that Ollama's date says the same."""
+    parts = set(re.findall(r"%-?([A-Za-z])", form))
+    return all(parts & names for names in ({"d"}, {"m", "b", "B"}, {"Y", "y"}))
 
 
 def leading_bos(tokenizer: Any) -> str:
@@ -98,8 +135,9 @@ def _system(found: Turns, start: str, bos: str) -> tuple[str, str]:
 
 
 def _text(text: str) -> str:
-    """Text in which nothing is an action, nor ends Ollama's quotes."""
-    return text.replace("{{", '{{ "{{" }}').replace('"""', '""{{ "\\"" }}')
+    """Text in which nothing is an action but today's date, nor ends Ollama's quotes."""
+    quoted = text.replace("{{", '{{ "{{" }}').replace('"""', '""{{ "\\"" }}')
+    return MARK.sub(lambda mark: TODAY if _is_whole(mark[1]) else NOW.strftime(mark[1]), quoted)
 
 
 def _when(condition: str, text: str) -> str:
@@ -112,8 +150,8 @@ def _either(condition: str, yes: str, no: str) -> str:
 
 def _comments(found: Turns) -> list[str]:
     lines = []
-    if found.dated:
-        lines.append("# The chat template prints today's date, which Ollama's language cannot; the date here is a fixed one.")
+    if any(map(_is_whole, found.dates)):
+        lines.append(f"# {TODAY} needs Ollama 0.11.1 or newer.")
     if found.system is None:
         lines.append("# The chat template has no place for a system message; it is left out.")
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,16 @@ def test_a_long_training_context_takes_no_memory(setup: Any, tmp_path: Path) -> 
         assert len(llama.logits(list(range(3, 103)))) == 100
         assert psutil.Process().memory_info().rss - before < 200e6
     assert Gguf(**QUICK).logits(path, setup[2]).shape == (sum(inputs["input_ids"].numel() for inputs, _ in setup[2]), 512)
+
+
+def test_what_the_modelfile_cannot_say_is_in_the_record(setup: Any, tmp_path: Path) -> None:
+    given = job(setup, tmp_path)
+    given.processor = copy.deepcopy(given.processor)
+    given.processor.chat_template = "{{ 'Today is ' + strftime_now('%d %b %Y') }}" + given.processor.chat_template
+    receipt = Gguf(**QUICK).export(given)["receipt"]
+    (why,) = [f["why"] for f in receipt["fallbacks"] if f["name"] == "Modelfile"]
+    assert "26 Jul 2024 (%d %b %Y), Ollama's {{ currentDate }} as 2024-07-26" in why
+    assert why in (tmp_path / "gguf" / "Modelfile").read_text()
 
 
 def test_a_file_in_parts(setup: Any, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from exporters.gguf.chat import Messages, probes, stops, turns
-from exporters.gguf.modelfile import modelfile, template
+from exporters.gguf.chat import NOW, Messages, probes, stops, turns
+from exporters.gguf.modelfile import modelfile, shortfalls, template
 from tests.exporters.test_gguf_tokenizers import small
 
 # What models' own templates do, in our words; {S}, {U}, {A} are messages.
@@ -29,6 +29,35 @@ DATED = (
     "{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content + '<|eot|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"
 )
+LLAMA3 = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "a day of 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] | trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start|>system<|stop|>\\n\\n" }}
+{{- "What I know ends in: May 2024\\n" }}
+{{- "Today is: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot|>" }}
+{%- for message in messages %}
+    {{- '<|start|>' + message['role'] + '<|stop|>\\n\\n' + message['content'] | trim + '<|eot|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start|>assistant<|stop|>\\n\\n' }}
+{%- endif %}"""
+ISO = "{{ 'Today: ' + strftime_now('%Y-%m-%d') + '\n' }}" + CHATML
+WEEKDAY = "{{ 'It is ' + strftime_now('%A') + ', ' + strftime_now('%B %-d, %Y') + '\n' }}" + CHATML
+CUT = "{{ strftime_now('%d %b %Y')[:6] + '\n' }}" + CHATML
+UNUSED = "{% set today = strftime_now('%d %b %Y') %}" + CHATML
 IN_FIRST_USER = (
     "{% if messages[0].role == 'system' %}{% set s = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}{% set rest = messages[1:] %}"
     "{% else %}{% set s = '' %}{% set rest = messages %}{% endif %}"
@@ -65,6 +94,11 @@ TEMPLATES = {
     "default system": (DEFAULT_SYSTEM, ["<|im_end|>", "<|im_start|>"]),
     "headers": (HEADERS, ["<|eot|>", "<|start|>"]),
     "dated": (DATED, ["<|eot|>", "<|start|>"]),
+    "of Llama 3.2's shape": (LLAMA3, ["<|eot|>", "<|start|>"]),
+    "dated like Ollama": (ISO, ["<|im_end|>", "<|im_start|>"]),
+    "the day of the week": (WEEKDAY, ["<|im_end|>", "<|im_start|>"]),
+    "a part of the date": (CUT, ["<|im_end|>", "<|im_start|>"]),
+    "asks for the date": (UNUSED, ["<|im_end|>", "<|im_start|>"]),
     "in the first user's turn": (IN_FIRST_USER, ["<|end|>", "[INST]"]),
     "in the last user's turn": (IN_LAST_USER, ["<|end|>", "[INST]"]),
     "no system": (NO_SYSTEM, ["<end>", "<start>"]),
@@ -178,6 +212,7 @@ class Go:
             "not": lambda a: not a,
             "len": len,
             "slice": lambda a, b: a[b:],
+            "currentDate": lambda: "2024-07-26",  # Ollama's own function, which takes no notice of a format
         }
         if words[0] not in functions:
             return self._operand(words, dot, root)
@@ -211,9 +246,14 @@ def go(text: str, messages: Messages) -> str:
 def in_jinja(tokenizer: Any, messages: Messages) -> str:
     """The chat template's own text: after a user the model's turn begins; an assistant's last message is left open."""
     opens = messages[-1]["role"] == "user"
-    today = tokenizer.chat_template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
+    today = re.sub(r"strftime_now\(['\"](.*?)['\"]\)", lambda call: repr(NOW.strftime(call[1])), tokenizer.chat_template)
     text = tokenizer.apply_chat_template(messages, chat_template=today, tokenize=False, add_generation_prompt=opens)
     return text if opens else text[: text.rindex(messages[-1]["content"]) + len(messages[-1]["content"])]
+
+
+def in_ollama(text: str) -> str:
+    """``text`` with today's date as Ollama writes it, where it is whole."""
+    return text.replace("26 Jul 2024", "2024-07-26").replace("July 26, 2024", "2024-07-26")
 
 
 @pytest.mark.parametrize("adds_bos", [False, True], ids=["", "bos"])
@@ -228,7 +268,7 @@ def test_the_same_text_as_the_chat_template(name: str, adds_bos: bool) -> None:
     bos = "<|begin|>" if adds_bos else ""
     for messages in probes(found.system is not None):
         expected = in_jinja(tokenizer, messages)
-        assert go(inside, messages) == expected.removeprefix(bos), messages
+        assert go(inside, messages) == in_ollama(expected.removeprefix(bos)), messages
         assert found.render(messages) == expected
     assert ends is None or stops(found, tokenizer) == ends
     assert all(f'PARAMETER stop "{end}"\n' in text for end in ends or [])
@@ -279,8 +319,35 @@ def test_without_a_chat_template() -> None:
     assert "has no chat template" in modelfile(talking(None), "model.gguf", 10)
 
 
+@pytest.mark.parametrize(
+    ("chat", "lost", "needs"),
+    [
+        (LLAMA3, ["The chat template prints today's date as 26 Jul 2024 (%d %b %Y), Ollama's {{ currentDate }} as 2024-07-26"], True),
+        (ISO, [], True),
+        (
+            WEEKDAY,
+            [
+                "The chat template prints today's date as Friday (%A), which Ollama's language cannot; it is a fixed one here",
+                "The chat template prints today's date as July 26, 2024 (%B %-d, %Y), Ollama's {{ currentDate }} as 2024-07-26",
+            ],
+            True,
+        ),
+        (CUT, ["The chat template prints today's date, which Ollama's language cannot do like this; it is 26 Jul 2024 here"], False),
+        (UNUSED, [], False),
+        (CHATML, [], False),
+        ("{{ messages | length }}", ["No TEMPLATE: the tokenizer's chat template cannot be said in Ollama's language"], False),
+        (None, [], False),
+    ],
+    ids=["llama 3.2", "iso", "weekday", "cut", "unused", "no date", "not said", "none"],
+)
+def test_what_is_lost_stands_in_the_file_and_in_the_record(chat: str | None, lost: list[str], needs: bool) -> None:
+    tokenizer = talking(chat)
+    text = modelfile(tokenizer, "model.gguf", 10)
+    assert shortfalls(tokenizer) == lost and all(f"# {why}.\n" in text for why in lost)
+    assert ("# {{ currentDate }} needs Ollama 0.11.1 or newer.\n" in text) == needs == ("{{ currentDate }}" in text.split("TEMPLATE")[-1])
+
+
 def test_comments_say_what_is_not_there() -> None:
-    assert "# The chat template prints today's date" in modelfile(talking(DATED), "model.gguf", 10)
     assert "# The chat template has no place for a system message" in modelfile(talking(NO_SYSTEM), "model.gguf", 10)
 
 
