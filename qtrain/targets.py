@@ -82,6 +82,11 @@ class Scheme:
                 "quantizer.activation_range=static has no activation grid to fix; choose one: grid@quantizer.activation=int8_activation, "
                 "or set quantizer.activation_range=dynamic"
             )
+        if getattr(self.activation, "weights_only", False):
+            raise ValueError(
+                f"{self.activation.describe()} is a grid of weights: its blocks run over the whole tensor, so an activation would depend "
+                "on the batch it is in. Set grid@quantizer.activation=int8_activation, or quantizer.activation=null"
+            )
         granularity = getattr(self.activation, "granularity", "tensor")
         if self.activation is not None and self.activation_range == "static" and granularity != "tensor":
             raise ValueError(

@@ -61,6 +61,8 @@ class Grid(ABC):
     registered_name: ClassVar[str] = ""
     version: ClassVar[int] = 1
     """Raised when the same options begin to mean other bits; checkpoints store it."""
+    weights_only: ClassVar[bool] = False
+    """Whether activations cannot be on it: its blocks run over the whole tensor, so that a value depends on the batch it is in."""
 
     @property
     @abstractmethod

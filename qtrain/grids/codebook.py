@@ -30,7 +30,8 @@ Codes from there decode here to the same floats (but for the sign of FP4's zero)
 of another dtype decodes to it by one more rounding: decode(q).to(dtype), as `dequantize_4bit` does for quant_state.dtype.
 
 bitsandbytes' CPU decoder is wrong where the processor has AVX-512 and a row is a multiple of 16 but not of the block size: it takes
-floor(row / block_size) scales per row. What is here is its decoder of every other processor, and of CUDA.
+floor(row / block_size) scales per row. What is here is its decoder of every other processor, and of CUDA. (And where the processor has
+AVX512-BF16, it makes zeros of bfloat16's denormals, below 1.2e-38.)
 
 Defaults are those of bitsandbytes' layers, Linear4bit and Params4bit, and of the QLoRA paper: blocks of 64, double quantization. (Its
 function quantize_4bit and transformers' BitsAndBytesConfig leave the latter off.) It costs 4.127 bits per weight instead of 4.5.
@@ -90,6 +91,7 @@ class Codebook(Grid):
 
     codebook: ClassVar[tuple[float, ...]] = (0.0,)
     """The values by code, float32 numbers; the largest magnitude is 1."""
+    weights_only: ClassVar[bool] = True
 
     block_size: int = 64
     """Values that share a scale, counted over the flattened weight: 32, 64, 128, 256, 512, 1024, 2048 or 4096."""
@@ -117,7 +119,7 @@ class Codebook(Grid):
         return None
 
     def check_dtype(self, dtype: torch.dtype) -> str | None:
-        """Each block's largest magnitude is a value of the codebook, so float32 values give absmax and codes back; but not its mean."""
+        """A block's largest magnitude decodes to absmax (above 1e-38), so float32 values give both back; but not the mean of absmax."""
         if self.double_quant:
             return f"the scales of {self.registered_name} are in 8 bits around their mean, which decoded values do not show: keep the codes"
         if dtype != torch.float32:

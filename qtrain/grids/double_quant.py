@@ -50,10 +50,15 @@ def compress(absmax_B: Tensor) -> Params:
     offset = absmax_B.mean() if len(absmax_B) else absmax_B.new_zeros(())
     x_NS = torch.nn.functional.pad(absmax_B - offset, (0, -len(absmax_B) % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
     nested_N1 = x_NS.abs().amax(-1, keepdim=True)
-    v = (x_NS * (1.0 / nested_N1)).clamp_(-1.0, 1.0).add_(1.0).mul_(0.5)
-    index = (v.double() * (_ENTRIES - 1) + 0.5).float().nan_to_num_(0.0).long()  # NaN: 0 / 0 of equal scales, which have code 0
-    codes = torch.from_numpy(_table()).to(absmax_B.device)[index].reshape(-1)[: len(absmax_B)]
+    codes = look_up(x_NS * (1.0 / nested_N1)).reshape(-1)[: len(absmax_B)]
     return {"absmax": codes, "nested_absmax": nested_N1.squeeze(-1), "nested_offset": offset}
+
+
+def look_up(x: Tensor) -> Tensor:
+    """Codes of ``x``, float32, cut off at -1 and 1: uint8, same shape; 0 for NaN, that is 0 / 0 of scales that are all equal."""
+    v = (x.clamp(-1.0, 1.0) + 1.0) * 0.5
+    index = (v.double() * (_ENTRIES - 1) + 0.5).float().nan_to_num_(0.0).long()
+    return torch.from_numpy(_table()).to(x.device)[index]
 
 
 def expand(params: Params) -> Tensor:
