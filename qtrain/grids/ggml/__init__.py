@@ -6,7 +6,7 @@
     blocks.py         blocks of 32 values under a float16 scale (and min)
     floats.py         16-bit floats
     superblocks.py    the K-types: 256 values in sub-blocks, whose scales are 4- to 8-bit codes under float16 super-scales
-    search.py         llama.cpp's weighted least-squares searches for scales, vectorised
+    search.py         llama.cpp's weighted least-squares searches for scales, vectorised; search_piece.py its arithmetic
     block_grid.py     rows cut into blocks and pieces
     block_type.py     what a type is
 
