@@ -130,6 +130,10 @@ class Exporter(ABC):
     """What models it can export are for."""
     streams: ClassVar[bool] = False
     """Whether it reads one layer's codes after the other, so that a model may make them as they are read (`qtrain/streaming.py`)."""
+    floats: ClassVar[bool] = False
+    """Whether it also writes a model without any quantized layer."""
+    widest: ClassVar[dict[str, Any]] = {}
+    """Options under which it holds most grids, where those are not the usual ones."""
 
     tolerances: Tolerances = field(default_factory=Tolerances)
     """How far the runtime may be from training."""
@@ -241,7 +245,7 @@ class Exporter(ABC):
                 "an exporter packs codes: give it qtrain.prepare.convert(model)"
             )
         layers = packed_layers(model)
-        if not layers:
+        if not layers and not self.floats:
             raise ValueError(
                 f"the model given to export={self.registered_name} has no quantized layer; an exporter packs codes and never quantizes. "
                 "Choose a quantizer first: quantizer=rtn, say."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,14 +71,22 @@ def layer(kind: str, weight: Grid, activation: Grid | None, static: bool) -> nn.
 
 
 def exporter_table() -> str:
-    """Grid x exporter: yes, or why not."""
+    """Grid x exporter: yes, the options that it takes, or no."""
     exporters = registry.entries("export")
     lines = ["| grid | " + " | ".join(f"`export=[{e.name}]`" for e in exporters) + " |", "|---" * (len(exporters) + 1) + "|"]
     for title, kind, weight, activation, static in CASES:
         model = layer(kind, weight, activation, static)
-        cells = ["no" if e.cls().refusals(model) else "yes" for e in exporters]
+        cells = [_held(e.cls, model) for e in exporters]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _held(exporter: Any, model: nn.Module) -> str:
+    """Whether an exporter holds ``model``: as it is, with its widest options, or not."""
+    if not exporter().refusals(model):
+        return "yes"
+    widest = exporter.widest
+    return ", ".join(f"`{k}={v}`" for k, v in widest.items()) if widest and not exporter(**widest).refusals(model) else "no"
 
 
 def options_table() -> str:
