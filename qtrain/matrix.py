@@ -17,6 +17,7 @@ from qtrain import registry
 from qtrain.activations import FakeActivation, QuantizedActivation
 from qtrain.grids.affine import Affine, Int8, Int8Activation
 from qtrain.grids.base import Grid
+from qtrain.grids.codebook import Fp4, Nf2, Nf3, Nf4
 from qtrain.grids.ggml import TYPES, Ggml
 from qtrain.grids.ggml.activation import GgmlActivation
 from qtrain.layers import Geometry, QuantizedConv, QuantizedEmbedding, QuantizedLinear
@@ -50,6 +51,10 @@ CASES: list[tuple[str, str, Grid, Grid | None, bool]] = [
     *[(f"ggml's {kind.upper()}", "linear", Ggml(type=kind), None, False) for kind in TYPES],
     ("ggml's Q4_0 + the 8-bit inputs of llama.cpp's kernels", "linear", Ggml(type="q4_0"), GgmlActivation(), False),
     ("INT4 weights, group 32, float16 scales", "linear", Affine(rule="signed_absmax", scale_dtype="float16"), None, False),
+    ("bitsandbytes' NF4, double-quantized scales", "linear", Nf4(), None, False),
+    ("bitsandbytes' NF4, float32 scales", "linear", Nf4(double_quant=False), None, False),
+    ("bitsandbytes' FP4, double-quantized scales", "linear", Fp4(), None, False),
+    *[(f"normal floats of {g.code_bits} bits", "linear", g, None, False) for g in (Nf3(), Nf2())],
     ("ggml's Q6_K embeddings", "embedding", Ggml(type="q6_k"), None, False),
     ("INT8 embedding rows", "embedding", Affine(bits=8, granularity="channel"), None, False),
     ("INT4 embeddings, group 64", "embedding", Affine(rule="signed_absmax", group_size=64), None, False),
