@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -104,26 +105,31 @@ class Distill:
             )
 
 
-def check(config: Any, model: Any) -> None:
-    """Refuse at once what a later stage could not do with ``model``.
+def check(config: Any, model: Any, device: torch.device) -> None:
+    """Refuse at once what a later stage could not do.
 
     Args:
         config: `qtrain.config.Config`.
+        model: the float model.
+        device: where it will train.
 
     Raises:
-        ValueError: naming the stage's option.
+        ValueError: naming the stage's option, or the optimizer.
     """
     from qtrain.neftune import input_embedding
+    from qtrain.optimizers import require_device
     from qtrain.recompute import require_recomputable
 
     stages = {"float": config.finetune, "qat": getattr(config.quantizer, "fit", None), "adapter": getattr(config.adapter, "fit", None)}
-    for stage, fit in stages.items():
-        if fit is None or fit.epochs == 0 or fit.max_steps == 0:
-            continue
+    training = {OPTIONS[stage]: fit for stage, fit in stages.items() if fit is not None and fit.epochs and fit.max_steps}
+    for option, fit in training.items():
         if fit.neftune_alpha is not None:
-            input_embedding(model, OPTIONS[stage])
+            input_embedding(model, option)
         if fit.gradient_checkpointing:
-            require_recomputable(model, OPTIONS[stage])
+            require_recomputable(model, option)
+    if training:
+        require_device(config.optimizer, device)
+        build(config.optimizer, "optimizer")
 
 
 def build(node: dict[str, Any], key: str, **kwargs: Any) -> Any:

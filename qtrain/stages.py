@@ -73,7 +73,6 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     data = config.data.build(processor, config.seed)
     model = config.model.build(len(data.label_names), config.seed, data.label_names)
     data.check(model)
-    check(config, model)
     for note in data.notes:
         record.note(note)
     record.fallbacks(getattr(config.model, "fallbacks", []))
@@ -86,6 +85,7 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     batches = list(data.test_dataloader())
     wants_gpu = config.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
     device = torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
+    check(config, model, device)
     judged.check(model, batches)
     return Setup(config, record, folder, data, device, batches, judged, processor, config.quantizer), model
 

@@ -49,6 +49,10 @@ def test_only_training_has_noise_and_only_within_the_stage() -> None:
         assert torch.equal(model(ids).logits, exact)
 
 
+CPU = torch.device("cpu")
+ADAMW = {"_target_": "torch.optim.AdamW", "_partial_": True}
+
+
 class Interrupt(Callback):
     """Ctrl-C after some steps."""
 
@@ -96,13 +100,16 @@ def test_a_model_without_embeddings_is_refused_when_a_run_loads(stage: str) -> N
     noisy, plain = Fit(neftune_alpha=5.0), Fit()
     fits = {name: noisy if name == stage else plain for name in ("finetune", "quantizer.fit", "adapter.fit")}
     config = SimpleNamespace(
-        finetune=fits["finetune"], quantizer=SimpleNamespace(fit=fits["quantizer.fit"]), adapter=SimpleNamespace(fit=fits["adapter.fit"])
+        finetune=fits["finetune"],
+        quantizer=SimpleNamespace(fit=fits["quantizer.fit"]),
+        adapter=SimpleNamespace(fit=fits["adapter.fit"]),
+        optimizer=ADAMW,
     )
-    check(config, small_llama())
+    check(config, small_llama(), CPU)
     with pytest.raises(ValueError, match=rf"Linear names none \(get_input_embeddings\).*Set {stage}.neftune_alpha=null"):
-        check(config, nn.Linear(2, 2))
+        check(config, nn.Linear(2, 2), CPU)
     noisy.epochs = 0
-    check(config, nn.Linear(2, 2))
+    check(config, nn.Linear(2, 2), CPU)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("inf"), float("nan")])

@@ -19,6 +19,8 @@ from qtrain.prepare import prepare
 from qtrain.recompute import recomputed
 from tests.tiny_fit import language_fit, small_llama
 
+CPU = torch.device("cpu")
+
 
 def batch() -> tuple[dict[str, Tensor], Tensor]:
     ids = torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -104,10 +106,13 @@ def test_a_stage_that_computes_twice_trains_to_the_same_weights(tmp_path: Path) 
 
 
 def test_a_model_that_cannot_is_refused_when_a_run_loads() -> None:
-    config = SimpleNamespace(finetune=Fit(), quantizer=SimpleNamespace(fit=Fit(gradient_checkpointing=True)), adapter=None)
-    check(config, small_llama())
+    optimizer = {"_target_": "torch.optim.AdamW", "_partial_": True}
+    config = SimpleNamespace(
+        finetune=Fit(), quantizer=SimpleNamespace(fit=Fit(gradient_checkpointing=True)), adapter=None, optimizer=optimizer
+    )
+    check(config, small_llama(), CPU)
     with pytest.raises(ValueError, match=r"Linear cannot.*Set quantizer.fit.gradient_checkpointing=false"):
-        check(config, nn.Linear(2, 2))
+        check(config, nn.Linear(2, 2), CPU)
 
 
 def test_ranges_that_would_move_between_the_two_are_refused() -> None:
