@@ -15,6 +15,7 @@ from torch import nn
 
 from qtrain.console import progress
 from qtrain.grids.base import QuantizedTensor, require_finite
+from qtrain.grids.params4bit import from_params4bit
 from qtrain.layers import QuantizedLinear
 from qtrain.prepare import replace
 from qtrain.registry import get
@@ -102,12 +103,7 @@ def is_bnb(module: nn.Module) -> bool:
 def codes_of(layer: Any) -> QuantizedTensor:
     """Codes, scales and grid of a layer of bitsandbytes; nothing is rounded."""
     if type(layer.weight).__name__ == "Params4bit":
-        state, data = layer.weight.quant_state, layer.weight.data
-        params = {"absmax": state.absmax}
-        if state.nested:
-            params |= {"nested_absmax": state.state2.absmax, "nested_offset": state.offset.reshape(())}
-        grid = get("grid", state.quant_type)(block_size=state.blocksize, double_quant=state.nested)
-        return grid.unpack(data.contiguous().view(torch.uint8), tuple(state.shape), params)
+        return from_params4bit(layer.weight)
     scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
     codes = layer.weight.CB if getattr(layer.weight, "CB", None) is not None else layer.weight.data
     grid = get("grid", "affine")(bits=8, granularity="channel", rule="absmax")

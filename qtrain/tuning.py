@@ -61,6 +61,7 @@ def tune(setup: Setup, model: nn.Module, float_model: nn.Module, float_outputs: 
     `Setup.scheme` is then what converts it.
     """
     options, scheme = setup.config.adapter, setup.scheme
+    float_model.cpu()  # a GPU that holds the base in 4 bits need not have room for both; a teacher is moved back by training
     merging = options.merging(scheme)
     fake = next(fake_layers(model), None) is not None
     base = (
