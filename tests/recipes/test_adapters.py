@@ -1,0 +1,137 @@
+"""The recipes with an adapter: run short to a passed receipt, resumed after a kill, refused where they must be."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import qtrain
+from tests.recipes.test_recipes import TINY_LM
+from tests.tiny_lm import tiny_language_model
+
+SHORT = ["adapter.fit.max_steps=16", "adapter.rank=4", "adapter.fit.learning_rate=3e-3", "data.batch_size=4", "adapter.sample_tokens=4"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_language_model(tmp_path_factory.mktemp("adapter") / "model")
+
+
+def run(recipe: str, folder: Path, *options: str) -> tuple[dict[str, Any], str]:
+    done = qtrain(f"+recipe={recipe}", *options, f"run_dir={folder}", cwd=folder.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "run.json").read_text()), done.stdout
+
+
+@pytest.mark.parametrize("recipe", ["qlora_smollm2", "qlora_int8_smollm2", "loftq_smollm2", "qat_lora_q4_0_smollm2"])
+def test_a_recipe_of_a_language_model_ends_with_every_merge_measured(recipe: str, model: Path, tmp_path: Path) -> None:
+    result, shown = run(recipe, tmp_path / "run", f"model.path={model}", *TINY_LM, *SHORT)
+    stages, adapter = result["stages"], result["adapter"]
+    assert result["status"] == "passed" and stages["adapter"]["perplexity"] < stages["ptq"]["perplexity"]
+    (entry,) = result["exports"]
+    pair = entry["receipt"]["metric"]["perplexity"]
+    assert abs(pair["runtime"] / pair["training"] - 1) <= 0.005
+    assert entry["receipt"]["tensors"] == entry["receipt"]["tensors_bit_exact"] == (0 if recipe.startswith("loftq") else 15)
+    assert sorted(p.name for p in (tmp_path / "run" / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "qtrain.json",
+    ]
+    assert adapter["layers"] == 14 and f"{adapter['trainable_parameters']:,} trainable parameters" in shown
+    assert set(adapter["sample"]) == {"prompt", "before", "after"} and result["memory"]["expected"]["total_bytes"] > 0
+    assert "Adapter" in (tmp_path / "run" / "report.html").read_text()
+    if recipe.startswith("qat"):
+        assert result["merge_equals_training"]["bit_exact"] and adapter["merge"] == "consistent"
+        assert stages["merged_consistent"] == stages["adapter"]
+        assert pair["training"] == pytest.approx(stages["adapter"]["perplexity"], rel=1e-5)
+    else:
+        assert stages["merged_float"]["perplexity"] == pytest.approx(stages["adapter"]["perplexity"], rel=2e-3)
+        deployed = "merged_float" if recipe.startswith("loftq") else "merged_rounded"
+        assert pair["training"] == pytest.approx(stages[deployed]["perplexity"], rel=1e-4)
+        assert set(adapter["merges"]) == {"apart", "float"} | ({"rounded"} if deployed == "merged_rounded" else set())
+    if recipe.startswith("loftq"):
+        assert stages["adapter_start"]["kl"] < stages["ptq"]["kl"]
+
+
+def test_a_classifier_is_tuned_beside_nf4_and_deployed_in_int8(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [o for o in tiny_options if not o.startswith(("finetune", "quantizer"))]
+    result, _ = run("lora_bert", tmp_path / "run", *options, "adapter.rank=8", "adapter.fit.epochs=6")
+    (entry,) = result["exports"]
+    pair = entry["receipt"]["metric"]["accuracy"]
+    assert pair["training"] > 0.8 > result["stages"]["float"]["accuracy"] and abs(pair["training"] - pair["runtime"]) < 0.01
+    assert entry["receipt"]["tensors"] == entry["receipt"]["tensors_bit_exact"] > 10
+
+
+def test_the_shape_for_one_gpu_is_checked_without_its_weights(tmp_path: Path) -> None:
+    """An 8B Llama's config, no weights: seconds, and a number near what such runs are known to need."""
+    from transformers import LlamaConfig
+
+    from tests.tiny_lm import tiny_tokenizer
+
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        architectures=["LlamaForCausalLM"],
+    )
+    config.save_pretrained(tmp_path / "llama")
+    tiny_tokenizer().save_pretrained(tmp_path / "llama")
+    said = [(f"What is {i} and one?", f"{i + 1}, I think.") for i in range(99)]
+    rows = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in said]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in rows))
+    options = [f"model.path={tmp_path / 'llama'}", f"data.train={tmp_path / 'chats.jsonl'}", "data.context=128", "dry_run=true"]
+    result, shown = run("qlora_llama", tmp_path / "run", *options)
+    expected = result["memory"]["expected"]
+    assert 5.5e9 < expected["base_bytes"] < 6.0e9  # 7.0 G weights at 4.13 bits, 1.05 G at 16
+    assert "41,943,040 trainable parameters" in shown and not (tmp_path / "run" / "checkpoints").exists()
+    assert result["status"] == "passed" and result["config"]["adapter"]["rank"] == 16
+
+
+def test_a_killed_run_goes_on_from_an_adapter_alone_to_the_same_numbers(model: Path, tmp_path: Path) -> None:
+    options = [f"model.path={model}", *TINY_LM, *SHORT, "export=[]", "adapter.fit.checkpoint_every=4", "adapter.sample=null"]
+    whole, _ = run("qlora_smollm2", tmp_path / "whole", *options)
+    folder = tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qtrain", "+recipe=qlora_smollm2", *options, f"run_dir={folder}"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    steps = folder / "checkpoints" / "adapter-steps"
+    while not list(steps.glob("step-*")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (checkpoint,) = steps.glob("step-*")
+    size = sum(f.stat().st_size for f in checkpoint.iterdir())
+    assert size < 4 * 3.2 * (whole["adapter"]["trainable_parameters"]) + 50_000  # weights and two moments, no base
+    done = qtrain(f"resume={folder}", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((folder / "run.json").read_text())["stages"] == whole["stages"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["adapter.target_modules=[query]"], "matches none of the 15 Linear layers"),
+        (["adapter.merge=apart"], "Set export=[]"),
+        (["adapter.merge=consistent"], "Set quantizer=qat"),
+        (["adapter.path=nowhere"], "no adapter_config.json"),
+        (["optimizer=paged_adamw_8bit"], "CUDA"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_trained(options: list[str], message: str, model: Path, tmp_path: Path) -> None:
+    done = qtrain("+recipe=qlora_smollm2", f"model.path={model}", *TINY_LM, *SHORT, *options, f"run_dir={tmp_path / 'r'}", cwd=tmp_path)
+    assert done.returncode != 0 and message in done.stderr.replace("\n", " "), done.stdout + done.stderr
+    assert not (tmp_path / "r" / "checkpoints" / "adapter").exists()
