@@ -130,7 +130,8 @@ def generation(job: ExportJob, session: Session, count: int, noise: float) -> st
     prompt = max(job.comparison.sequences, key=len)[:PROMPT]
     model: Any = job.model
     ids = torch.tensor([prompt])
-    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
+    with quiet():  # of settings for sampling in the generation config
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
     ours, theirs = written[0, len(prompt) :].tolist(), session.value("generate", ids=prompt, count=count)["ids"]
     if ours == theirs:
         return f"passed: the same {len(ours)} greedy tokens: {job.processor.decode(ours)!r}"
