@@ -16,8 +16,6 @@ from torch import nn
 from qtrain.console import progress
 from qtrain.grids.base import QuantizedTensor, require_finite
 from qtrain.grids.params4bit import from_params4bit
-from qtrain.layers import QuantizedLinear
-from qtrain.prepare import replace
 from qtrain.registry import get
 
 COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -108,16 +106,3 @@ def codes_of(layer: Any) -> QuantizedTensor:
     codes = layer.weight.CB if getattr(layer.weight, "CB", None) is not None else layer.weight.data
     grid = get("grid", "affine")(bits=8, granularity="channel", rule="absmax")
     return QuantizedTensor(grid, codes.to(torch.int8), {"scale": (scales.float() / 127).reshape(-1, 1)})
-
-
-def convert(model: nn.Module) -> nn.Module:
-    """Layers of ours in place of bitsandbytes', in place; shares nothing with them but the bias."""
-    for name, layer in progress([(n, m) for n, m in model.named_modules() if is_bnb(m)], "reading codes"):
-        replace(model, name, QuantizedLinear(codes_of(layer), layer.bias))
-    target: Any = model
-    for attribute in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if attribute in vars(model):
-            delattr(model, attribute)
-    if getattr(getattr(target, "config", None), "quantization_config", None) is not None:
-        del target.config.quantization_config
-    return model.eval()

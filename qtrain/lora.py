@@ -31,9 +31,10 @@ from peft.tuners.lora import layer as peft_layer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from qtrain.bnb import codes_of, is_bnb, is_int8
+from qtrain.bnb import is_int8
 from qtrain.checkpoint import staged
 from qtrain.files import write_json
+from qtrain.foreign import codes_of, is_foreign
 from qtrain.layers import FakeLinear, QuantizedLayer, QuantizedLinear
 from qtrain.prepare import replace
 
@@ -123,11 +124,18 @@ def base_hash(model: nn.Module) -> str:
     """sha256 of every weight and code of a model without adapter, in the order of their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            for part in _parts(tensor):
+                digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _parts(tensor: Any) -> list[Tensor]:
+    """The plain tensors that a tensor is made of: itself, or those of a subclass such as torchao's."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 @dataclass
@@ -267,11 +275,9 @@ def base_weight(layer: nn.Module) -> Tensor:
     """The float weight [O, I] that a base layer computes with, decoded where it is quantized."""
     if isinstance(layer, QuantizedLayer):
         return layer.quantized.decode()
-    weight: Any = layer.weight
-    if is_bnb(layer):
+    if is_foreign(layer):
         return codes_of(layer).decode()
-    if hasattr(weight, "dequantize") and not isinstance(weight.data, nn.Parameter) and type(weight.data) is not Tensor:
-        return weight.dequantize()  # type: ignore[no-any-return]  # torchao's
+    weight: Any = layer.weight
     return weight.detach()  # type: ignore[no-any-return]
 
 
@@ -321,7 +327,7 @@ def merged_float(model: nn.Module, float_model: nn.Module) -> nn.Module:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module holds codes, ours or those of bitsandbytes."""
-    return isinstance(module, QuantizedLayer) or is_bnb(module)
+    return isinstance(module, QuantizedLayer) or is_foreign(module)
 
 
 def _copy(model: nn.Module) -> nn.Module:

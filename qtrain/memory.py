@@ -56,7 +56,14 @@ def stored_bytes(model: nn.Module) -> int:
             tensors |= {id(t): t for t in vars(part).values() if isinstance(t, torch.Tensor)} if part is not None else {}
         scales = getattr(parameter, "SCB", None)
         tensors |= {id(scales): scales} if isinstance(scales, torch.Tensor) else {}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(_bytes(t) for t in tensors.values())
+
+
+def _bytes(tensor: Any) -> int:
+    """Bytes of a tensor, or of those that a subclass such as torchao's is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return int(tensor.numel() * tensor.element_size())
+    return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def estimate(
@@ -120,7 +127,7 @@ def announce(setup: Any, adapter: Any, base: int | None = None) -> None:
         adapter.model,
         tokens(setup),
         checkpointing=fit.gradient_checkpointing,
-        moment_bytes=2 if "8bit" in str(config.optimizer.get("_target_", "")) else 8,
+        moment_bytes=2 if eight_bit(str(config.optimizer.get("_target_", ""))) else 8,
         width_bytes=2 if "16" in resolve_precision(str(config.trainer.get("precision", "auto"))) else 4,
         base=base,
     )
@@ -129,6 +136,11 @@ def announce(setup: Any, adapter: Any, base: int | None = None) -> None:
     )
     show(memory, adapter.trainable, total)
     setup.record.data["memory"] = {"expected": memory.rows()}
+
+
+def eight_bit(target: str) -> bool:
+    """Whether an optimizer keeps its moments in 8 bits: bitsandbytes' do, and `adamw_auto` takes one where there is CUDA."""
+    return "8bit" in target or ("optimizers" in target and torch.cuda.is_available())
 
 
 def logical(parameter: Any) -> int:

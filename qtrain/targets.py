@@ -251,6 +251,92 @@ class Scheme:
         return []
 
 
+@dataclass
+class FrozenBase:
+    """What quantizers share whose layers are another library's: nothing trains, nothing is calibrated, adapters go beside them."""
+
+    exact: ClassVar[bool] = False
+    """Their products may be summed in another order than ours."""
+    trains: ClassVar[bool] = False
+    static: ClassVar[bool] = False
+    needs_data: ClassVar[bool] = False
+    moves_weights: ClassVar[bool] = False
+    automatic: ClassVar[int] = 0
+    activation: ClassVar[None] = None
+    embedding: ClassVar[None] = None
+    smoothquant: ClassVar[None] = None
+    imatrix: ClassVar[bool] = False
+    bias_correction: ClassVar[bool] = False
+    equalize: ClassVar[bool] = False
+    registered_name: ClassVar[str] = ""
+
+    include: list[str] = field(default_factory=lambda: ["*"])
+    """Patterns of modules to quantize; embeddings and convolutions stay in float."""
+    keep_float: Any = field(default_factory=list)
+    """Patterns of modules to leave in float, besides those of the model family."""
+
+    def __post_init__(self) -> None:
+        self.fallbacks: list[dict[str, str]] = []
+        """What could not be done as asked: [{"name", "why"}]."""
+        self.details: dict[str, Any] = {}
+        """What was done to the model, for run.json."""
+        self.importance: dict[str, Any] = {}
+        """Importances: none are measured."""
+        self.keep_float = [self.keep_float] if isinstance(self.keep_float, str) else list(self.keep_float)
+        if any(pattern.startswith("auto:") for pattern in self.keep_float):
+            raise ValueError(
+                f"quantizer.keep_float has {self.keep_float}; layers of another library cannot be tried one by one, as auto:N does. Find "
+                "the names with quantizer=rtn quantizer.keep_float=auto:N, and list them here"
+            )
+
+    def swap(self, model: nn.Module, linear: dict[str, Any]) -> None:
+        """Put the library's layers in place of ``linear``, in place."""
+        raise NotImplementedError
+
+    def weight_grids(self, model: nn.Module, keep_float: list[str]) -> dict[str, Any]:
+        """See `Scheme.weight_grids`."""
+        grid = self.weight  # type: ignore[attr-defined]
+        return dict.fromkeys(self._chosen(model, keep_float)[0], grid)
+
+    def _chosen(self, model: nn.Module, keep_float: list[str]) -> tuple[dict[str, Any], list[str]]:
+        chosen, kept = select(model, self.include, [*self.keep_float, *keep_float])
+        linear: dict[str, Any] = {name: module for name, module in chosen.items() if type(module) is torch.nn.Linear}
+        if not linear:
+            raise ValueError(
+                f"quantizer.include={self.include} names no Linear layer of {type(model).__name__}, and quantizer={self.registered_name} "
+                "has no other. Set quantizer.include=['*']"
+            )
+        return linear, sorted([*kept, *(name for name in chosen if name not in linear)])
+
+    def transform(self, model: nn.Module, calibration: list[dict[str, Any]], keep_float: list[str]) -> nn.Module:
+        """Nothing happens to the float model first."""
+        return model
+
+    def prepare(self, model: nn.Module, keep_float: list[str], example: dict[str, Any] | None = None) -> tuple[nn.Module, list[str]]:
+        """Put the library's layers in place of the Linear ones, in place; see `Scheme.prepare`.
+
+        Raises:
+            ValueError: if a pattern matches nothing, a weight is not finite, or the library is not installed.
+        """
+        linear, kept = self._chosen(model, keep_float)
+        self.swap(model, linear)
+        return model, kept
+
+    def calibrate(self, model: nn.Module, batches: Iterable[dict[str, Any]]) -> nn.Module:
+        """There is nothing to calibrate."""
+        return model
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        """Layers of ours with the codes of the library's, in place."""
+        from qtrain.foreign import convert
+
+        return convert(model)
+
+    def callbacks(self) -> list[Any]:
+        """None."""
+        return []
+
+
 def _called(graph: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """The chosen modules in the graph.
 

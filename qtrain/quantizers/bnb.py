@@ -15,12 +15,11 @@ is switched off (`Linear4bit.support_avx512bf16_for_cpu`); codes and scales stay
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from qtrain.registry import register
-from qtrain.targets import select
+from qtrain.registry import get, register
+from qtrain.targets import FrozenBase
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,21 +31,8 @@ STORAGE = ("uint8", "bfloat16", "float16", "float32")
 
 @register("quantizer", "bnb")
 @dataclass
-class Bnb:
+class Bnb(FrozenBase):
     """bitsandbytes' NF4, FP4 or INT8 layers: the frozen base of QLoRA."""
-
-    exact: ClassVar[bool] = False
-    trains: ClassVar[bool] = False
-    static: ClassVar[bool] = False
-    needs_data: ClassVar[bool] = False
-    moves_weights: ClassVar[bool] = False
-    automatic: ClassVar[int] = 0
-    activation: ClassVar[None] = None
-    embedding: ClassVar[None] = None
-    smoothquant: ClassVar[None] = None
-    imatrix: ClassVar[bool] = False
-    bias_correction: ClassVar[bool] = False
-    equalize: ClassVar[bool] = False
 
     type: str = "nf4"
     """nf4, fp4 or int8."""
@@ -58,32 +44,15 @@ class Bnb:
     """Of nf4 and fp4: type of the tensor that holds the bytes; FSDP wants that of the other parameters (bfloat16)."""
     threshold: float = 6.0
     """Of int8: columns of the input with a magnitude above it are multiplied in 16 bits; 0 for none."""
-    include: list[str] = field(default_factory=lambda: ["*"])
-    """Patterns of modules to quantize; embeddings and convolutions stay in float."""
-    keep_float: Any = field(default_factory=list)
-    """Patterns of modules to leave in float, besides those of the model family."""
-
-    registered_name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        self.fallbacks: list[dict[str, str]] = []
-        """What could not be done as asked: [{"name", "why"}]."""
-        self.details: dict[str, Any] = {}
-        """What was done to the model, for run.json."""
-        self.importance: dict[str, Any] = {}
-        """Importances: none are measured."""
-        self.keep_float = [self.keep_float] if isinstance(self.keep_float, str) else list(self.keep_float)
+        super().__post_init__()
         options = {"type": TYPES, "compute_dtype": DTYPES, "quant_storage": STORAGE}
         for option, valid in options.items():
             if getattr(self, option) not in valid:
                 raise ValueError(
                     f"quantizer.{option} is {getattr(self, option)!r}; valid: {', '.join(valid)}. Set quantizer.{option}={valid[0]}"
                 )
-        if any(pattern.startswith("auto:") for pattern in self.keep_float):
-            raise ValueError(
-                f"quantizer.keep_float has {self.keep_float}; layers of bitsandbytes cannot be tried one by one, as auto:N does. Find the "
-                "names with quantizer=rtn grid@quantizer.weight=nf4 quantizer.keep_float=auto:N, and list them here"
-            )
         if self.threshold < 0:
             raise ValueError(f"quantizer.threshold is {self.threshold}; at least 0. Set quantizer.threshold=6.0")
         if self.type == "int8" and self.quant_storage != "uint8":
@@ -92,55 +61,12 @@ class Bnb:
     @property
     def weight(self) -> Any:
         """The grid that the weights are on."""
-        from qtrain.registry import get
-
         if self.type == "int8":
             return get("grid", "affine")(bits=8, granularity="channel", rule="absmax")
         return get("grid", self.type)(double_quant=self.double_quant)
 
-    def weight_grids(self, model: nn.Module, keep_float: list[str]) -> dict[str, Any]:
-        """See `qtrain.targets.Scheme.weight_grids`."""
-        grid = self.weight
-        return dict.fromkeys(self._chosen(model, keep_float)[0], grid)
-
-    def _chosen(self, model: nn.Module, keep_float: list[str]) -> tuple[dict[str, Any], list[str]]:
-        import torch
-
-        chosen, kept = select(model, self.include, [*self.keep_float, *keep_float])
-        linear: dict[str, Any] = {name: module for name, module in chosen.items() if type(module) is torch.nn.Linear}
-        if not linear:
-            raise ValueError(
-                f"quantizer.include={self.include} names no Linear layer of {type(model).__name__}, and bitsandbytes has no other. "
-                "Set quantizer.include=['*']"
-            )
-        return linear, sorted([*kept, *(name for name in chosen if name not in linear)])
-
-    def transform(self, model: nn.Module, calibration: list[dict[str, Any]], keep_float: list[str]) -> nn.Module:
-        """Nothing happens to the float model first."""
-        return model
-
-    def prepare(self, model: nn.Module, keep_float: list[str], example: dict[str, Any] | None = None) -> tuple[nn.Module, list[str]]:
-        """Put bitsandbytes' layers in place of the Linear ones, in place; see `qtrain.targets.Scheme.prepare`.
-
-        Raises:
-            ValueError: if a pattern matches nothing, a weight is not finite, or bitsandbytes is not installed.
-        """
+    def swap(self, model: nn.Module, linear: dict[str, Any]) -> None:
+        """bitsandbytes' layers in place of ``linear``."""
         from qtrain.bnb import swap
 
-        linear, kept = self._chosen(model, keep_float)
         swap(model, linear, self)
-        return model, kept
-
-    def calibrate(self, model: nn.Module, batches: Iterable[dict[str, Any]]) -> nn.Module:
-        """There is nothing to calibrate."""
-        return model
-
-    def convert(self, model: nn.Module) -> nn.Module:
-        """Layers of ours with the codes of bitsandbytes', in place."""
-        from qtrain.bnb import convert
-
-        return convert(model)
-
-    def callbacks(self) -> list[Any]:
-        """None."""
-        return []

@@ -29,7 +29,7 @@ from qtrain.tasks import task as task_of
 from tests.tiny_gguf import write_tiny_gguf
 from tests.tiny_lm import tiny_language_model
 
-from .small_folder import TinyLm, plain
+from .small_folder import TinyLm, language_job, plain
 from .small_lm import GROUPED, tiny
 
 
@@ -104,11 +104,14 @@ def test_ties_hold_while_both_decode_alike(tmp_path: Path) -> None:
     assert jobs["other"].config.tie_word_embeddings is True  # the model itself is left as it was
 
 
-def test_a_model_from_a_gguf_file(tmp_path: Path) -> None:
+def test_a_model_from_a_gguf_file_without_codes(tmp_path: Path) -> None:
     source = tiny_language_model(tmp_path / "source", initializer_range=0.08)
     write_tiny_gguf(tmp_path / "m.gguf", LlamaForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source))
-    entry = TransformersFolder(dtype="float32", generate=4).export(TinyLm(tmp_path / "m.gguf").job(tmp_path, weight=Ggml(type="q4_0")))
-    assert entry["receipt"]["passed"] and entry["receipt"]["checks"]["tokenizer"].startswith("passed")
+    lm = TinyLm(tmp_path / "m.gguf")
+    receipt = TransformersFolder(generate=4).export(language_job(lm.model, lm.model, lm.tokenizer, lm.batches, tmp_path))["receipt"]
+    assert receipt["passed"] and receipt["tensors"] == 0 and 0 < receipt["logits_nmse"] < 1e-5
+    assert receipt["checks"]["tokenizer"].startswith("passed")
+    assert receipt["checks"]["float weights"] == "passed: 21 tensors are training's, in float16"
     config = json.loads((tmp_path / "transformers" / "config.json").read_text())
     assert "quantization_config" not in config and config["architectures"] == ["LlamaForCausalLM"]
 

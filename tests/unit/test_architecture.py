@@ -14,7 +14,8 @@ SOURCES = sorted([*(ROOT / "qtrain").rglob("*.py"), *(ROOT / "exporters").rglob(
 COMMON = {"grids", "activations", "layers", "prepare", "graph", "targets", "registry", "lazy", "fit", "callbacks", "console", "pt2e"}
 ALLOWED = {
     "qtrain/grids": {"grids", "registry", "lazy", "gguf_names"},
-    "qtrain/quantizers": COMMON | {"gguf_names"},
+    "qtrain/quantizers": COMMON | {"gguf_names", "bnb", "torchao_tensors"},
+    "qtrain/adapters": COMMON,
     "qtrain/models": COMMON
     | {"samples", "wheels", "pretrained", "streaming", "gguf_header", "gguf_source"}
     | {"models", "images", "image_models", "vision", "resnet"},
@@ -49,7 +50,7 @@ def test_dependencies_point_one_way(folder: str) -> None:
 
 
 def test_quantizers_models_and_datasets_do_not_import_each_other() -> None:
-    for folder in ("quantizers", "models", "data"):
+    for folder in ("quantizers", "adapters", "models", "data"):
         files = {p.stem for p in (ROOT / "qtrain" / folder).glob("*.py")} - {"__init__"}
         for path in (ROOT / "qtrain" / folder).glob("*.py"):
             for name in imports(path):

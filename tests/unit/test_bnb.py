@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from qtrain.adapters.lora import Lora
-from qtrain.bnb import codes_of, convert, is_bnb
+from qtrain.bnb import codes_of, is_bnb
+from qtrain.foreign import convert
 from qtrain.layers import QuantizedLinear
 from qtrain.lora import attach, base_hash, merged_float
 from qtrain.memory import logical, stored_bytes

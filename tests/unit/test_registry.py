@@ -66,7 +66,7 @@ def test_a_name_taken_by_a_class_of_the_same_name_in_another_file_raises() -> No
 
 
 def test_an_unknown_group_or_name_lists_what_there_is() -> None:
-    with pytest.raises(ValueError, match=r"'grids' is unknown; valid groups: grid, quantizer, model, data, export"):
+    with pytest.raises(ValueError, match=r"'grids' is unknown; valid groups: grid, quantizer, adapter, model, data, export"):
         registry.register("grids", "probe")
     with pytest.raises(ValueError, match=r"grid=afine does not exist; valid: .*affine"):
         registry.get("grid", "afine")
