@@ -91,16 +91,20 @@ def keys(model: Any, tokenizer: Any) -> Any:
     return metadata(config, {"general.name": "benchmark"}, task="language") + vocabulary(tokenizer, config.vocab_size)
 
 
-def quantized(text: Text, mix: str, imatrix: bool) -> tuple[Any, Rtn]:
-    """The model on a mix, and the quantizer that put it there."""
-    scheme = Rtn(weight=registry.get("grid", mix)(), imatrix=imatrix)
+def quantized(text: Text, mix: str, imatrix: bool, inputs: bool = False) -> tuple[Any, Rtn]:
+    """The model on a mix, and the quantizer that put it there; with ``inputs``, those of products are rounded as llama.cpp's kernels do."""
+    scheme = Rtn(weight=registry.get("grid", mix)(), imatrix=imatrix, activation=registry.get("grid", "ggml_activation")() if inputs else None)
     model, _ = scheme.prepare(copy.deepcopy(text.model, {id(p): p for p in text.model.parameters()}), [])
     model = scheme.calibrate(model, text.calibration if imatrix else [])
     return scheme.convert(model), scheme
 
 
-def one(text: Text, mix: str, folder: Path, reference: Path, use_imatrix: bool) -> list[Any]:
+def one(text: Text, mix: str, folder: Path, reference: Path, use_imatrix: bool, inputs: bool) -> list[Any]:
     """A row of the table."""
+    rounded = None
+    if inputs:
+        model, _ = quantized(text, mix, use_imatrix, inputs=True)
+        rounded = TASK.measure(TASK.predict(model, text.batches, mix), text.batches)["perplexity"]
     model, scheme = quantized(text, mix, use_imatrix)
     outputs = TASK.predict(model, text.batches, mix)
     ours, theirs, matrix = folder / "ours.gguf", folder / "theirs.gguf", folder / "imatrix.gguf"
@@ -120,6 +124,7 @@ def one(text: Text, mix: str, folder: Path, reference: Path, use_imatrix: bool) 
         f"{training:.4f}",
         f"{runtime:.4f}",
         f"{100 * (runtime / training - 1):+.2f} %",
+        *([f"{rounded:.4f}", f"{100 * (runtime / rounded - 1):+.2f} %"] if rounded is not None else []),
         f"{peer:.4f}",
         f"{100 * (runtime / peer - 1):+.2f} %",
         f"{ours.stat().st_size / 1e6:.2f}",
@@ -138,6 +143,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=None, help="of the test text, at most")
     parser.add_argument("--long-documents", default="cut")
     parser.add_argument("--no-imatrix", action="store_true")
+    parser.add_argument("--inputs", action="store_true", help="also PyTorch with the inputs of products rounded as llama.cpp's kernels do")
     args = parser.parse_args()
     tune_malloc()
     mend_torchvision()
@@ -153,9 +159,11 @@ def main() -> None:
         for mix in args.mixes:
             for use_imatrix in (False, True) if not args.no_imatrix and "_k" in mix else (False,):
                 with torch.inference_mode():
-                    rows.append(one(text, mix, folder, reference, use_imatrix))
+                    rows.append(one(text, mix, folder, reference, use_imatrix, args.inputs))
                 console.print(" | ".join(map(str, rows[-1])), soft_wrap=True)
-    head = ["mix", "tensors bit-exact", "PyTorch", "llama.cpp", "difference", "llama-quantize's file", "ours to theirs", "MB", "theirs, MB"]
+    head = ["mix", "tensors bit-exact", "PyTorch", "llama.cpp", "difference"]
+    head += ["PyTorch, 8-bit inputs", "llama.cpp to that"] if args.inputs else []
+    head += ["llama-quantize's file", "ours to theirs", "MB", "theirs, MB"]
     print("\n" + markdown(head, rows))
 
 

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one worker per core, and threads that wait for each other take the time
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from qtrain.vision import mend_torchvision
 
 mend_torchvision()  # before a test imports Lightning

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ class Lora:
     registered_name = ""
 
     def __post_init__(self) -> None:
+        if find_spec("peft") is None:
+            raise ValueError("adapter=lora needs the package peft, which is not installed. pip install 'qtrain[qlora]', or set adapter=null")
         if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"adapter.rank is {self.rank}, alpha {self.alpha}, dropout {self.dropout}; rank is at least 1, alpha above 0, dropout from "
