@@ -93,7 +93,9 @@ def keys(model: Any, tokenizer: Any) -> Any:
 
 def quantized(text: Text, mix: str, imatrix: bool, inputs: bool = False) -> tuple[Any, Rtn]:
     """The model on a mix, and the quantizer that put it there; with ``inputs``, those of products are rounded as llama.cpp's kernels do."""
-    scheme = Rtn(weight=registry.get("grid", mix)(), imatrix=imatrix, activation=registry.get("grid", "ggml_activation")() if inputs else None)
+    scheme = Rtn(
+        weight=registry.get("grid", mix)(), imatrix=imatrix, activation=registry.get("grid", "ggml_activation")() if inputs else None
+    )
     model, _ = scheme.prepare(copy.deepcopy(text.model, {id(p): p for p in text.model.parameters()}), [])
     model = scheme.calibrate(model, text.calibration if imatrix else [])
     return scheme.convert(model), scheme

@@ -77,7 +77,9 @@ class Lora:
 
     def __post_init__(self) -> None:
         if find_spec("peft") is None:
-            raise ValueError("adapter=lora needs the package peft, which is not installed. pip install 'qtrain[qlora]', or set adapter=null")
+            raise ValueError(
+                "adapter=lora needs the package peft, which is not installed. pip install 'qtrain[qlora]', or set adapter=null"
+            )
         if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
             raise ValueError(
                 f"adapter.rank is {self.rank}, alpha {self.alpha}, dropout {self.dropout}; rank is at least 1, alpha above 0, dropout from "
