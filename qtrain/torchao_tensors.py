@@ -38,7 +38,8 @@ def settings(options: Any) -> Any:
 
     if options.type == "int8":
         return Int8WeightOnlyConfig(set_inductor_config=False)
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(options.group_size))
+    types: Any = torch  # whose stubs lack int4
+    return IntxWeightOnlyConfig(weight_dtype=types.int4, granularity=PerGroup(options.group_size))
 
 
 def is_torchao(module: nn.Module) -> bool:

@@ -63,10 +63,9 @@ def tune(setup: Setup, model: nn.Module, float_model: nn.Module, float_outputs: 
     options, scheme = setup.config.adapter, setup.scheme
     float_model.cpu()  # a GPU that holds the base in 4 bits need not have room for both; a teacher is moved back by training
     merging = options.merging(scheme)
-    fake = next(fake_layers(model), None) is not None
-    base = (
-        scheme.convert(model) if fake and merging != "consistent" else model
-    )  # codes take less room, and are decoded, not rounded, each step
+    base = model
+    if merging != "consistent" and next(fake_layers(model), None) is not None:
+        base = scheme.convert(model)  # a frozen weight is decoded in each step, not rounded
     adapter = attach(base, options, setup.task.name, setup.config.model.always_float(float_model))
     for name, (a, b) in setup.starts.items():
         adapter.start(name, a, b)
