@@ -90,12 +90,12 @@ def _mark(model: Any, config: Any, kind: str) -> None:
 
 def is_int8(module: nn.Module) -> bool:
     """Whether it is a layer of LLM.int8()."""
-    return type(getattr(module, "weight", None)).__name__ == "Int8Params"
+    return type(module._parameters.get("weight")).__name__ == "Int8Params"
 
 
 def is_bnb(module: nn.Module) -> bool:
     """Whether it is a layer of bitsandbytes."""
-    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+    return type(module._parameters.get("weight")).__name__ in ("Params4bit", "Int8Params")
 
 
 def codes_of(layer: Any) -> QuantizedTensor:

@@ -120,14 +120,15 @@ def tidy(folder: Path, keep: Path | None) -> None:
         shutil.rmtree(entry, ignore_errors=True)
 
 
-def save_model(folder: Path, model: nn.Module, **extra: Any) -> None:
+def save_model(folder: Path, model: nn.Module, whole: bool = False, **extra: Any) -> None:
     """Save weights or codes of ``model``, the grid of every layer on one, scales that training froze, and ``extra`` plain values.
 
-    Of a model with an adapter, only what is trained.
+    Args:
+        whole: of a model with an adapter, the base too; else only what is trained.
     """
     grids = _grids(model)
     frozen = {name: layer.weight_fake.frozen for name, layer in fake_layers(model)}
-    save(folder, {"state": moving_state(model), "grids": grids, "frozen": frozen, **extra})
+    save(folder, {"state": dict(model.state_dict()) if whole else moving_state(model), "grids": grids, "frozen": frozen, **extra})
 
 
 def moving_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:

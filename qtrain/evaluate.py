@@ -65,11 +65,12 @@ def layer_table(model: nn.Module, weights: dict[str, Tensor]) -> list[dict[str, 
     rows = []
     for name, layer in quantized_layers(model):
         q: QuantizedTensor = layer.quantized
+        name = name.removesuffix(".base_layer")  # beside an adapter
         row = {
             "name": name,
             "grid": q.grid.describe(),
             "shape": list(q.shape),
-            "sqnr_db": _finite(sqnr_db(weights[f"{name}.weight"], q.decode())),
+            "sqnr_db": _finite(sqnr_db(weights[f"{name}.weight"].to(q.codes.device), q.decode())),
         }
         activation = getattr(layer, "activation_fake", None) or getattr(layer, "source", None)
         if activation is not None:

@@ -255,7 +255,7 @@ def convert(setup: Setup, model: nn.Module, outputs: Any, float_model: nn.Module
     setup.record.data["convert_equals_prepare"] = change
     setup.record.data["quantized"] = layer_table(model, trained)
     setup.record.data["size"] = sizes(model, float_model)
-    save_model(setup.folder / "checkpoints" / "converted", model, config=setup.record.data["config"])
+    save_model(setup.folder / "checkpoints" / "converted", model, whole=True, config=setup.record.data["config"])
     return model, converted
 
 

@@ -44,7 +44,7 @@ def settings(options: Any) -> Any:
 
 def is_torchao(module: nn.Module) -> bool:
     """Whether its weight is a tensor of torchao."""
-    return type(getattr(module, "weight", None)).__module__.startswith("torchao.")
+    return type(module._parameters.get("weight")).__module__.startswith("torchao.")
 
 
 def codes_of(layer: Any) -> QuantizedTensor:

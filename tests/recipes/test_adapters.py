@@ -16,6 +16,7 @@ from tests.conftest import qtrain
 from tests.recipes.test_recipes import TINY_LM
 from tests.tiny_lm import tiny_language_model
 
+NO_EXPORT = [*(option for option in TINY_LM if not option.startswith("export.")), "export=[]"]
 SHORT = ["adapter.fit.max_steps=16", "adapter.rank=4", "adapter.fit.learning_rate=3e-3", "data.batch_size=4", "adapter.sample_tokens=4"]
 
 
@@ -60,9 +61,19 @@ def test_a_recipe_of_a_language_model_ends_with_every_merge_measured(recipe: str
         assert stages["adapter_start"]["kl"] < stages["ptq"]["kl"]
 
 
+def test_base_and_adapter_kept_apart_are_both_left_behind(model: Path, tmp_path: Path) -> None:
+    options = [f"model.path={model}", *NO_EXPORT, *SHORT, "adapter.merge=apart", "adapter.variant=dora", "adapter.sample=null"]
+    result, _ = run("qlora_smollm2", tmp_path / "run", *options)
+    assert set(result["adapter"]["merges"]) == {"apart", "float"} and result["convert_equals_prepare"]["nmse"] < 1e-9
+    assert {row["grid"] for row in result["quantized"]} == {"nf4 b64 double-quantized"} and len(result["quantized"]) == 14
+    assert all(row["sqnr_db"] > 15 for row in result["quantized"])
+    converted = json.loads((tmp_path / "run" / "checkpoints" / "converted" / "checkpoint.json").read_text())
+    assert len(converted["tree"]["__dict__"][0][1]["__dict__"]) > 100  # codes, scales and the adapter
+
+
 def test_a_classifier_is_tuned_beside_nf4_and_deployed_in_int8(tiny_options: list[str], tmp_path: Path) -> None:
     options = [o for o in tiny_options if not o.startswith(("finetune", "quantizer"))]
-    result, _ = run("lora_bert", tmp_path / "run", *options, "adapter.rank=8", "adapter.fit.epochs=6")
+    result, _ = run("lora_bert", tmp_path / "run", *options, "adapter.rank=8", "adapter.fit.epochs=12", "adapter.fit.learning_rate=5e-3")
     (entry,) = result["exports"]
     pair = entry["receipt"]["metric"]["accuracy"]
     assert pair["training"] > 0.8 > result["stages"]["float"]["accuracy"] and abs(pair["training"] - pair["runtime"]) < 0.01
@@ -99,7 +110,7 @@ def test_the_shape_for_one_gpu_is_checked_without_its_weights(tmp_path: Path) ->
 
 
 def test_a_killed_run_goes_on_from_an_adapter_alone_to_the_same_numbers(model: Path, tmp_path: Path) -> None:
-    options = [f"model.path={model}", *TINY_LM, *SHORT, "export=[]", "adapter.fit.checkpoint_every=4", "adapter.sample=null"]
+    options = [f"model.path={model}", *NO_EXPORT, *SHORT, "adapter.fit.checkpoint_every=4", "adapter.sample=null"]
     whole, _ = run("qlora_smollm2", tmp_path / "whole", *options)
     folder = tmp_path / "killed"
     process = subprocess.Popen(
