@@ -1,6 +1,7 @@
 """How near to the float model training starts: rounding alone (LoRA with B = 0), and LoftQ's base and adapter together.
 
-    python -m benchmarks.loftq_start --model ../shared/data/stories15M --test ../shared/data/tinystories/eval.jsonl --rank 32
+    python -m benchmarks.loftq_start --model ../shared/data/stories15M --test ../shared/data/tinystories/eval.jsonl \\
+        --train ../shared/data/tinystories/calibration.txt --rank 32
 
 KL divergence to the float model, nats per token of held-out text, before any step of training; every Linear but the head is on the grid.
 "error" is the squared error of the weights, base plus adapter, as a share of their squares.
@@ -61,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--test", required=True)
+    parser.add_argument("--train", required=True, help="not used, but cut off from the test text")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=None)
@@ -71,7 +73,7 @@ def main() -> None:
     registry.load_all()
     source = CausalLm(args.model)
     tokenizer, float_model = source.processor(), source.build()
-    data = TextCorpus(train=args.test, test=args.test, long_documents="cut", eval_tokens=args.tokens).build(tokenizer, 0)
+    data = TextCorpus(train=args.train, test=args.test, long_documents="cut", eval_tokens=args.tokens).build(tokenizer, 0)
     batches = list(data.test_dataloader())
     reference = TASK.predict(float_model, batches, "float")
     console.print(machine())
