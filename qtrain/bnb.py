@@ -16,6 +16,8 @@ from torch import nn
 from qtrain.console import progress
 from qtrain.grids.base import QuantizedTensor, require_finite
 from qtrain.grids.params4bit import from_params4bit
+from qtrain.layers import QuantizedLinear
+from qtrain.prepare import replace
 from qtrain.registry import get
 
 COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,8 +57,12 @@ def compute_dtype(name: str) -> torch.dtype:
 
 
 @torch.no_grad()
-def swap(model: nn.Module, linear: dict[str, Any], options: Any) -> None:
+def swap(model: nn.Module, linear: dict[str, Any], options: Any) -> list[str]:
     """Put bitsandbytes' layers in place of ``linear``, quantized on the GPU where there is one.
+
+    Returns:
+        Names of layers that bitsandbytes would decode wrongly here, in whose place are ours with the same codes: on CPUs with AVX-512,
+        version 0.50 takes the wrong scales where a row is a multiple of 16 but not of the block.
 
     Raises:
         ValueError: if a weight is not finite.
@@ -68,6 +74,7 @@ def swap(model: nn.Module, linear: dict[str, Any], options: Any) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     others = [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in linear]
     replace_with_bnb_linear(model, modules_to_not_convert=others, quantization_config=config)
+    wrong = []
     for name, module in progress(linear.items(), f"quantizing to {options.type}"):
         require_finite(module.weight, f"the weight of {name}")
         layer: Any = model.get_submodule(name)
@@ -78,7 +85,19 @@ def swap(model: nn.Module, linear: dict[str, Any], options: Any) -> None:
         layer.bias = module.bias
         layer.support_avx512bf16_for_cpu = False  # see qtrain/quantizers/bnb.py
         layer.train(module.training)
+        if options.type != "int8" and not decodes_rightly(layer):
+            replace(model, name, QuantizedLinear(codes_of(layer), layer.bias))
+            wrong.append(name)
     _mark(model, config, options.type)
+    return wrong
+
+
+def decodes_rightly(layer: Any) -> bool:
+    """Whether bitsandbytes computes with the numbers that a layer's codes and scales mean."""
+    import bitsandbytes
+
+    decoded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return torch.equal(decoded, codes_of(layer).decode().to(decoded.dtype))
 
 
 def _mark(model: Any, config: Any, kind: str) -> None:

@@ -7,7 +7,7 @@ state of each scored position (tokens x width, 130 times smaller here) and the m
 hundred tokens at a time, used and dropped. Cross-entropy and KL are then exact, not sampled: every chunk sees the whole vocabulary.
 
 Training does the same: the head and the loss of a chunk are computed, forgotten, and computed again in the backward pass
-(`torch.utils.checkpoint`), so that the memory of a step does not grow with the vocabulary.
+(`torch.utils.checkpoint`), so that the memory of a step does not grow with the vocabulary. Steps with few logits (`KEPT`) keep them.
 
     loss = (1 - w) * cross-entropy + w * T^2 * KL(teacher || student)          per scored token, natural logarithms
 
@@ -36,6 +36,8 @@ from qtrain.tasks import Task
 
 CHUNK = 1 << 25
 """Logits that exist at once, values: 128 MiB in float32."""
+KEPT = 1 << 26
+"""Logits of a training step that are kept for its backward pass, values: 256 MiB in float32; of larger steps they are computed again."""
 IGNORED = -100
 """Label of a token that is not scored."""
 
@@ -271,9 +273,11 @@ class Language(Task):
             return total
 
         total = states.new_zeros((), dtype=torch.float32)
+        again = len(targets) * head.vocabulary > KEPT
         for low in range(0, len(targets), size):
             rows = slice(low, low + size)
-            total = total + checkpoint(part, states[rows], targets[rows], None if taught is None else taught[rows], use_reentrant=False)
+            given = states[rows], targets[rows], None if taught is None else taught[rows]
+            total = total + (checkpoint(part, *given, use_reentrant=False) if again else part(*given))
         return total / len(targets)
 
     def validate(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], int]:

@@ -6,8 +6,8 @@ activations that wait for the backward pass, after Korthikanti et al. 2022 (arXi
     34 * T * H bytes in 16 bits (T tokens of the batch, H hidden width), without the matrix of attention, which fused kernels do not keep
 
 twice that in 32 bits; with gradient checkpointing only its input, 2 * T * H bytes, plus all of one layer that is computed again. A head
-over the vocabulary adds its chunk (`qtrain.language_task.CHUNK`) four times; a base in codes, its largest weight decoded. The measured
-peak is in run.json (`peak_rss_bytes`, or `memory.peak_bytes` of the device) to compare with.
+over the vocabulary adds its logits (at most `qtrain.language_task.KEPT`) four times; a base in codes, its largest weight decoded. The
+measured peak is in run.json (`peak_rss_bytes`) to compare with.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ def _largest(model: nn.Module) -> int:
 
 
 def _head(model: Any, tokens: int) -> int:
-    from qtrain.language_task import CHUNK
+    from qtrain.language_task import KEPT
 
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         return 0
     vocabulary = max((t.shape[0] for t in [*head.parameters(), *head.buffers()] if t.ndim == 2), default=0)
-    return 4 * 4 * min(CHUNK, tokens * vocabulary)
+    return 4 * 4 * min(KEPT, tokens * vocabulary)
 
 
 def show(memory: Memory, trained: int, total: int) -> None:

@@ -69,4 +69,8 @@ class Bnb(FrozenBase):
         """bitsandbytes' layers in place of ``linear``."""
         from qtrain.bnb import swap
 
-        swap(model, linear, self)
+        why = (
+            "bitsandbytes decodes rows of this length wrongly on this processor (its AVX-512 kernel takes the scales of other blocks), so "
+            "a layer of qtrain's computes with the same codes"
+        )
+        self.fallbacks += [{"name": name, "why": why} for name in swap(model, linear, self)]

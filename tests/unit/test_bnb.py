@@ -68,6 +68,21 @@ def test_int8_rows_are_those_of_llm_int8(float_model: Any) -> None:
     assert (runtime - decoded).square().sum() / decoded.square().sum() < 5e-3
 
 
+@pytest.mark.parametrize("width", [80, 288, 128, 96])
+def test_rows_that_are_no_multiple_of_the_block_compute_what_their_codes_mean(width: int) -> None:
+    """bitsandbytes 0.50 has a kernel that does not; wherever it is used, our layer stands in, and the run says so."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Linear(64, 32))
+    weight, scheme = model[0].weight.detach().clone(), Bnb()
+    prepared: Any = scheme.prepare(copy.deepcopy(model), [])[0]
+    grid = scheme.weight
+    expected = torch.nn.functional.linear(torch.eye(width), grid.encode(weight).decode(), model[0].bias)
+    with torch.no_grad():
+        assert torch.allclose(prepared[0](torch.eye(width)), expected, rtol=1e-5, atol=1e-6)
+    assert [f["name"] for f in scheme.fallbacks] == [n for n, m in prepared.named_modules() if isinstance(m, QuantizedLinear)]
+    assert width % 64 or not scheme.fallbacks
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_evaluation_leaves_the_base_as_it_was(float_model: Any, kind: str) -> None:
     model = based(float_model, type=kind)
