@@ -5,9 +5,16 @@ from __future__ import annotations
 import platform
 import statistics
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from hydra import compose, initialize_config_dir
+
+from qtrain import registry
+from qtrain.config import data_dir, register_all
+from qtrain.malloc import tune_malloc
 
 
 def machine() -> str:
@@ -43,3 +50,31 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
     lines += ["| " + " | ".join(f"{c:.3f}" if isinstance(c, float) else str(c) for c in row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def start() -> None:
+    """What the command line does before it composes a configuration; prints the machine."""
+    tune_malloc()
+    register_all()
+    registry.load_all()
+    print(machine(), flush=True)
+
+
+def composed(overrides: Sequence[str]) -> Any:
+    """The configuration of a command line, as a node."""
+    with initialize_config_dir(str(data_dir("conf")), version_base="1.3"):
+        return compose("config", overrides=[*overrides, "logger=none"])
+
+
+def text_options(parser: ArgumentParser, steps: int, learning_rate: float) -> None:
+    """The options of benchmarks that train a language model."""
+    for name in ("--model", "--test", "--train"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--overrides", nargs="*", default=[], help="further Hydra overrides of all runs")
+
+
+def text_overrides(args: Any) -> list[str]:
+    """Model, texts and further overrides of a command line with `text_options`."""
+    return [f"model.path={args.model}", f"data.test={args.test}", f"data.train={args.train}", "data.eval_tokens=null", *args.overrides]

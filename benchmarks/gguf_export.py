@@ -21,17 +21,15 @@ from typing import Any
 
 import psutil
 
-from benchmarks._common import machine, markdown
+from benchmarks._common import markdown, start
 from benchmarks._llama_quantize import llama_quantize
 from benchmarks.gguf_perplexity import keys
 from exporters.gguf.write import entries, write
 from qtrain import registry
-from qtrain.malloc import tune_malloc
 from qtrain.models.causal_lm import CausalLm
 from qtrain.quantizers.rtn import Rtn
 from qtrain.record import peak_rss_bytes
 from qtrain.streaming import halved, streamed
-from qtrain.vision import mend_torchvision
 
 
 def child(model: str | None, mix: str, target: Path, threads: int) -> dict[str, float]:
@@ -39,9 +37,7 @@ def child(model: str | None, mix: str, target: Path, threads: int) -> dict[str, 
     import torch
 
     torch.set_num_threads(threads)
-    tune_malloc()
-    mend_torchvision()
-    registry.load_all()
+    start()
     source = CausalLm(model)
     tokenizer = source.processor()
     skeleton, weights = source.skeleton()
@@ -79,7 +75,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(args.model, args.child[0], Path(args.child[1]), args.threads)))
         return
-    print(machine())
+
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._common import machine, markdown
+from benchmarks._common import markdown, start
 from benchmarks._llama_quantize import llama_quantize
 from exporters.gguf import Gguf
 from exporters.gguf.architectures import metadata
@@ -33,11 +33,9 @@ from qtrain.data.text import TextCorpus
 from qtrain.evaluate import Batch
 from qtrain.imatrix import save
 from qtrain.language_task import TASK, Comparison, LanguageOutputs
-from qtrain.malloc import tune_malloc
 from qtrain.models.causal_lm import CausalLm
 from qtrain.quantizers.rtn import Rtn
 from qtrain.receipt import differing
-from qtrain.vision import mend_torchvision
 
 MIXES = (
     "q8_0",
@@ -147,11 +145,8 @@ def main() -> None:
     parser.add_argument("--no-imatrix", action="store_true")
     parser.add_argument("--inputs", action="store_true", help="also PyTorch with the inputs of products rounded as llama.cpp's kernels do")
     args = parser.parse_args()
-    tune_malloc()
-    mend_torchvision()
-    registry.load_all()
+    start()
     text = Text(args)
-    console.print(machine())
     console.print(f"float32: perplexity {TASK.measure(text.float, text.batches)['perplexity']:.4f} of {len(text.float)} tokens")
     rows = []
     with tempfile.TemporaryDirectory() as name:

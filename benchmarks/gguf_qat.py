@@ -25,19 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from benchmarks._common import machine, markdown
+from benchmarks._common import composed, markdown, start, text_options, text_overrides
 from benchmarks._llama_quantize import llama_quantize
 from benchmarks.gguf_perplexity import in_llama, keys
 from exporters.base import packed_layers
 from exporters.gguf.write import entries, write
-from qtrain import registry
-from qtrain.config import data_dir, register_all
 from qtrain.console import console
-from qtrain.malloc import tune_malloc
 from qtrain.record import Record
 from qtrain.stages import convert, fit_stage, load, measure, quantize
 
@@ -51,8 +47,7 @@ TORCHAO = [
 
 def stages(overrides: list[str], folder: Path) -> tuple[Any, Any, nn.Module, Any, dict[str, torch.Tensor]]:
     """Setup, float model, converted model, its outputs, and the float weights that training ended with."""
-    with initialize_config_dir(str(data_dir("conf")), version_base="1.3"):
-        config: Any = OmegaConf.to_object(compose("config", overrides=[*overrides, "logger=none", "export=[]"]))
+    config: Any = OmegaConf.to_object(composed([*overrides, "export=[]"]))
     setup, float_model = load(config, Record(folder, "benchmark", config.seed, {}), folder)
     setup.record.data["config"] = {}
     outputs = measure(setup, "float", float_model)
@@ -80,18 +75,10 @@ def with_weights(float_model: nn.Module, weights: dict[str, torch.Tensor]) -> nn
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--overrides", nargs="*", default=[], help="further Hydra overrides of all runs")
+    text_options(parser, steps=300, learning_rate=1e-4)
     args = parser.parse_args()
-    tune_malloc()
-    register_all()
-    registry.load_all()
-    console.print(machine())
-    common = [f"model.path={args.model}", f"data.test={args.test}", f"data.train={args.train}", "data.eval_tokens=null", *args.overrides]
+    start()
+    common = text_overrides(args)
     fit = ["quantizer.fit.epochs=1000", f"quantizer.fit.max_steps={args.steps}", f"quantizer.fit.learning_rate={args.learning_rate}"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -16,18 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from benchmarks._common import machine, markdown
-from qtrain.vision import mend_torchvision
-
-mend_torchvision()
-
-from qtrain.config import data_dir, register_all  # noqa: E402
-from qtrain.malloc import tune_malloc  # noqa: E402
-from qtrain.record import Record  # noqa: E402
-from qtrain.stages import convert, export, fit_stage, load, measure, quantize  # noqa: E402
+from benchmarks._common import composed, markdown, start
+from qtrain.record import Record
+from qtrain.stages import convert, export, fit_stage, load, measure, quantize
 
 OBSERVERS = ("minmax", "moving_average", "percentile", "histogram_mse", "histogram_kl")
 QAT_BERT = ["quantizer.fit.max_steps=200"]
@@ -57,9 +50,7 @@ CIFAR = {
 
 def configuration(overrides: list[str]) -> Any:
     """A recipe with overrides, as dataclasses."""
-    with initialize_config_dir(str(data_dir("conf")), version_base="1.3"):
-        cfg = compose("config", overrides=[*overrides, "logger=none", "finetune.epochs=0", "export.onnx.latency_repeats=0"])
-    return OmegaConf.to_object(cfg)
+    return OmegaConf.to_object(composed([*overrides, "finetune.epochs=0", "export.onnx.latency_repeats=0"]))
 
 
 def one(title: str, overrides: list[str], folder: Path) -> list[str]:
@@ -107,9 +98,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="rows whose title holds one of these")
     parser.add_argument("--overrides", nargs="*", default=[], help="further Hydra overrides")
     args = parser.parse_args()
-    tune_malloc()
-    register_all()
-    print(machine())
+    start()
     if args.sst2:
         files = {key: args.sst2 / f"{name}.tsv" for key, name in (("train", "train"), ("validation", "dev"), ("test", "test"))}
         common = ["data=csv", *(f"data.{key}={path}" for key, path in files.items()), "data.label_column=label", "data.max_length=64"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks._common import machine, markdown
+from benchmarks._common import markdown, start
 from qtrain import registry
 from qtrain.adapters.lora import Lora
 from qtrain.console import console
@@ -25,10 +25,8 @@ from qtrain.data.text import TextCorpus
 from qtrain.language_task import TASK
 from qtrain.loftq import start_near
 from qtrain.lora import attach, base_weight, lora_layers, merged_weight
-from qtrain.malloc import tune_malloc
 from qtrain.models.causal_lm import CausalLm
 from qtrain.quantizers.rtn import Rtn
-from qtrain.vision import mend_torchvision
 
 GRIDS = {"nf4": {}, "q4_0": {"type": "q4_0"}, "nf3": {}, "q3_k": {"type": "q3_k"}, "nf2": {}, "q2_k": {"type": "q2_k"}}
 
@@ -68,15 +66,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=None)
     parser.add_argument("--grids", nargs="*", default=list(GRIDS))
     args = parser.parse_args()
-    tune_malloc()
-    mend_torchvision()
-    registry.load_all()
+    start()
     source = CausalLm(args.model)
     tokenizer, float_model = source.processor(), source.build()
     data = TextCorpus(train=args.train, test=args.test, long_documents="cut", eval_tokens=args.tokens).build(tokenizer, 0)
     batches = list(data.test_dataloader())
     reference = TASK.predict(float_model, batches, "float")
-    console.print(machine())
     rows = []
     for name in args.grids:
         grid = registry.get("grid", "ggml" if GRIDS[name] else name)(**GRIDS[name])

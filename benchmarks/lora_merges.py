@@ -19,21 +19,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from benchmarks._common import machine, markdown
-from qtrain import registry
-from qtrain.config import data_dir, register_all
-from qtrain.console import console
-from qtrain.malloc import tune_malloc
+from benchmarks._common import composed, markdown, start, text_options, text_overrides
 from qtrain.run import run
 
 
 def finished(overrides: list[str], folder: Path) -> dict[str, Any]:
     """run.json of a run."""
-    with initialize_config_dir(str(data_dir("conf")), version_base="1.3"):
-        cfg = compose("config", overrides=[*overrides, "logger=none", "adapter.sample=null"])
+    cfg = composed([*overrides, "adapter.sample=null"])
     run(OmegaConf.to_object(cfg), OmegaConf.to_container(cfg, resolve=False), folder)  # type: ignore[arg-type]
     return dict(json.loads((folder / "run.json").read_text()))
 
@@ -46,21 +40,13 @@ def runtime(result: dict[str, Any]) -> dict[str, float]:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--test", required=True)
-    parser.add_argument("--train", required=True)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    text_options(parser, steps=200, learning_rate=2e-4)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--overrides", nargs="*", default=[], help="further Hydra overrides of all runs")
     args = parser.parse_args()
-    tune_malloc()
-    register_all()
-    registry.load_all()
-    console.print(machine())
-    common = [f"model.path={args.model}", f"data.test={args.test}", f"data.train={args.train}", "data.eval_tokens=null"]
+    start()
+    common = [*text_overrides(args)]
     common += ["adapter.fit.epochs=1000", f"adapter.fit.max_steps={args.steps}", f"adapter.fit.learning_rate={args.learning_rate}"]
-    common += [f"adapter.rank={args.rank}", f"adapter.alpha={2 * args.rank}", "export.gguf.strings=50", *args.overrides]
+    common += [f"adapter.rank={args.rank}", f"adapter.alpha={2 * args.rank}", "export.gguf.strings=50"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rounded = finished(["+recipe=qlora_smollm2", *common], folder / "rounded")

@@ -16,21 +16,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from benchmarks._common import machine, markdown
-from qtrain.config import data_dir, register_all
-from qtrain.malloc import tune_malloc
+from benchmarks._common import composed, markdown, start
 from qtrain.record import Record
 from qtrain.stages import fit_stage, load, measure, quantize
 
 
 def configuration(overrides: list[str]) -> Any:
     """The recipe with overrides, as dataclasses."""
-    with initialize_config_dir(str(data_dir("conf")), version_base="1.3"):
-        cfg = compose("config", overrides=["+recipe=qat_int4_bert", "export=[]", "logger=none", *overrides])
-    return OmegaConf.to_object(cfg)
+    return OmegaConf.to_object(composed(["+recipe=qat_int4_bert", "export=[]", *overrides]))
 
 
 def one_seed(seed: int, bits: list[int], overrides: list[str]) -> dict[str, dict[str, float]]:
@@ -83,8 +78,7 @@ def main() -> None:
     parser.add_argument("--rule", default="signed_absmax")
     parser.add_argument("overrides", nargs="*", help="further Hydra overrides")
     args = parser.parse_args()
-    tune_malloc()
-    register_all()
+    start()
     overrides = [f"quantizer.weight.rule={args.rule}", *args.overrides]
     if args.sst2:
         files = {key: args.sst2 / f"{name}.tsv" for key, name in (("train", "train"), ("validation", "dev"), ("test", "test"))}
@@ -97,7 +91,7 @@ def main() -> None:
             "quantizer.fit.max_steps=120",
         ]
     runs = [one_seed(seed, args.bits, overrides) for seed in range(args.seeds)]
-    print(f"\n{machine()}; {args.seeds} seeds; rule {args.rule}\n\n{table(runs, args.bits)}")
+    print(f"\n{args.seeds} seeds; rule {args.rule}\n\n{table(runs, args.bits)}")
 
 
 if __name__ == "__main__":

@@ -19,21 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks._common import interleaved, machine, markdown, median_ratio
-from qtrain import registry
+from benchmarks._common import interleaved, markdown, median_ratio, start
 from qtrain.adapters.lora import Lora
 from qtrain.bnb import is_bnb
-from qtrain.console import console
 from qtrain.fit import Fit
 from qtrain.language_task import TASK
 from qtrain.lora import attach
-from qtrain.malloc import tune_malloc
 from qtrain.memory import stored_bytes
 from qtrain.models.causal_lm import CausalLm
 from qtrain.module import Module
 from qtrain.quantizers.bnb import Bnb
 from qtrain.record import peak_rss_bytes
-from qtrain.vision import mend_torchvision
 
 
 def bare(folder: Path, rank: int) -> nn.Module:
@@ -70,10 +66,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    tune_malloc()
-    mend_torchvision()
-    registry.load_all()
-    console.print(machine())
+    start()
     source = CausalLm(args.model)
     model: Any = source.build()
     heads = source.always_float(model)

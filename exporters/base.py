@@ -109,6 +109,15 @@ class Artefact:
     fallbacks: list[dict[str, str]] = field(default_factory=list)
 
 
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The ``count`` tokens, at most, that a language model of transformers finds likeliest after ``prompt``, one after the other."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
+    after: list[int] = written[0, len(prompt) :].tolist()
+    return after
+
+
 class ReceiptFailed(ValueError):
     """The runtime does not compute what training computed; no artefact was left."""
 

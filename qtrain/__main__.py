@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -52,6 +53,8 @@ def task(cfg: DictConfig) -> Any:
 
 def start(cfg: DictConfig, folder: Path) -> float | None:
     """Turn the configuration into dataclasses, run, and return the metric that a sweeper optimises."""
+    for key in cfg.without:
+        cfg[key] = None
     OmegaConf.resolve(cfg)
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)
@@ -117,13 +120,18 @@ def print_help(args: list[str]) -> None:
     print(OmegaConf.to_yaml(cfg))
 
 
+NULLS = re.compile(r"^(?:grid|quantizer)@([\w.]+)=null$")
+"""A group that is to be left out: what it would have filled is null."""
+
+
 def rewrite(args: list[str]) -> list[str]:
-    """Check what Hydra cannot, and expand debug=true and resume=DIR, for which its grammar has no room.
+    """Check what Hydra cannot, and expand debug=true, resume=DIR and GROUP=null, for which its grammar has no room.
 
     Raises:
         ValueError: if there is no recipe, the folder to resume holds no run, or the folder to write holds one.
     """
-    args = ["debug=traceback" if a == "debug=true" else a for a in args]
+    args = ["debug=traceback" if a == "debug=true" else NULLS.sub(r"\1=null", a) for a in args]
+    args = ["without=[adapter]" if a == "adapter=null" else a for a in args]
     resumed = [a for a in args if a.startswith("resume=") and a != "resume=null"]
     if resumed:
         return continued(Path(resumed[0].removeprefix("resume=")).expanduser(), [a for a in args if a != resumed[0]])

@@ -21,10 +21,15 @@ from qtrain.prepare import replace
 from qtrain.registry import get
 
 COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MARKS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+"""Attributes by which transformers and peft know a model of bitsandbytes."""
 
 
-def settings(options: Any) -> Any:
+def settings(options: Any, skip: list[str] | None = None) -> Any:
     """transformers' `BitsAndBytesConfig` of `qtrain.quantizers.bnb.Bnb`.
+
+    Args:
+        skip: names of modules that stay in float, where transformers itself swaps them.
 
     Raises:
         ValueError: if bitsandbytes is not installed.
@@ -33,14 +38,14 @@ def settings(options: Any) -> Any:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ValueError(f"quantizer=bnb needs the package bitsandbytes ({error}). Install it: pip install bitsandbytes") from error
-    from transformers import BitsAndBytesConfig as Settings
+    import transformers
 
-    make: Any = Settings
-
+    make: Any = transformers.BitsAndBytesConfig
     if options.type == "int8":
-        return make(load_in_8bit=True, llm_int8_threshold=options.threshold)
+        return make(load_in_8bit=True, llm_int8_threshold=options.threshold, llm_int8_skip_modules=skip)
     return make(
         load_in_4bit=True,
+        llm_int8_skip_modules=skip,
         bnb_4bit_quant_type=options.type,
         bnb_4bit_use_double_quant=options.double_quant,
         bnb_4bit_compute_dtype=compute_dtype(options.compute_dtype),
@@ -83,12 +88,33 @@ def swap(model: nn.Module, linear: dict[str, Any], options: Any) -> list[str]:
         weight = module.weight.detach().to(device if options.type != "int8" else "cpu")
         layer.weight = kind(weight.contiguous(), requires_grad=False, **empty).to(device)
         layer.bias = module.bias
-        layer.support_avx512bf16_for_cpu = False  # see qtrain/quantizers/bnb.py
         layer.train(module.training)
-        if options.type != "int8" and not decodes_rightly(layer):
-            replace(model, name, QuantizedLinear(codes_of(layer), layer.bias))
-            wrong.append(name)
+        wrong += settled(model, name, layer)
     _mark(model, config, options.type)
+    return wrong
+
+
+def settled(model: nn.Module, name: str, layer: Any) -> list[str]:
+    """Make a layer with codes compute with them: bitsandbytes' own, or ours in its place; returns the name where it is ours."""
+    layer.support_avx512bf16_for_cpu = False  # see qtrain/quantizers/bnb.py
+    if is_int8(layer) or decodes_rightly(layer):
+        return []
+    replace(model, name, QuantizedLinear(codes_of(layer), layer.bias))
+    return [name]
+
+
+@torch.no_grad()
+def settle(model: nn.Module) -> list[str]:
+    """`settled` for every layer of a model that transformers has loaded with bitsandbytes' layers.
+
+    Raises:
+        ValueError: if a scale is not finite, as that of a weight with a value that is not.
+    """
+    wrong = []
+    for name, layer in progress([(n, m) for n, m in model.named_modules() if is_bnb(m)], "checking codes"):
+        for part in codes_of(layer).params.values():
+            require_finite(part.float(), f"the scale of {name}")
+        wrong += settled(model, name, layer)
     return wrong
 
 
@@ -102,9 +128,18 @@ def decodes_rightly(layer: Any) -> bool:
 
 def _mark(model: Any, config: Any, kind: str) -> None:
     """What transformers and peft look at."""
-    setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
+    setattr(model, MARKS[kind == "int8"], True)
     if hasattr(model, "config"):
         model.config.quantization_config = config
+
+
+def unmark(model: Any) -> None:
+    """Undo what `swap` wrote onto a model whose layers are ours again."""
+    for attribute in (*MARKS, "hf_quantizer", "quantization_method", "is_quantized"):
+        if attribute in vars(model):
+            delattr(model, attribute)
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        del model.config.quantization_config
 
 
 def is_int8(module: nn.Module) -> bool:

@@ -168,8 +168,9 @@ def load_weights(folder: Path, model: nn.Module) -> dict[str, Any]:
         )
     try:
         report = model.load_state_dict(tree["state"], strict=not has_adapter(model))
-        if has_adapter(model) and set(report.missing_keys) & moving_state(model).keys():
-            raise RuntimeError(f"it has no {sorted(set(report.missing_keys) & moving_state(model).keys())[0]}")
+        lost = sorted(set(report.missing_keys) & moving_state(model).keys())
+        if lost:
+            raise RuntimeError(f"it has no {lost[0]}")
     except RuntimeError as error:
         raise ValueError(f"checkpoint {folder} does not fit the model: {str(error).splitlines()[-1].strip()}") from error
     for name, layer in fake_layers(model):

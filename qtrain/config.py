@@ -46,6 +46,10 @@ class Config:
     """Which value of the grid each weight gets."""
     adapter: Any = None
     """Matrices to train beside the frozen model (adapter=lora); null trains, or only rounds, the model's own weights."""
+    baseline: bool = True
+    """Load and measure the float model first; false (of quantizer=bnb with an adapter) reads weights straight into 4 or 8 bits."""
+    without: list[str] = field(default_factory=list)
+    """Parts of a recipe to leave out: without=[adapter]; adapter=null says the same."""
     stream: bool = False
     """Quantize and export a language model tensor by tensor, never whole in memory; perplexity is then measured in the runtime alone."""
     dry_run: bool = False
@@ -68,6 +72,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.optimize not in (None, *METRICS):
             raise ValueError(f"optimize is {self.optimize!r}; valid: {', '.join(METRICS)}, null. Set optimize=accuracy, say.")
+        if set(self.without) - {"adapter"}:
+            raise ValueError(f"without is {self.without}; valid: adapter, or nothing. Set without=[adapter], or without=[]")
         if self.analyze_examples < 1:
             raise ValueError(f"analyze_examples is {self.analyze_examples}; it must be at least 1. Set analyze_examples=512, say.")
         if not 0 <= self.seed < 2**32:

@@ -5,6 +5,7 @@ Every stage is measured on the same batches in the same order, in float32, so th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,11 +54,12 @@ def compare_to_float(logits: Tensor, float_logits: Tensor) -> dict[str, float]:
 
 def sqnr_db(w: Tensor, q: Tensor) -> float:
     """Signal to quantization noise, 10 log10(sum w^2 / sum (w - q)^2), decibels; infinite where equal."""
-    noise = float((w.double() - q.double()).square().sum())
-    signal = float(w.double().square().sum())
-    if noise == 0:
-        return float("inf")
-    return 10 * torch.log10(torch.tensor(max(signal, 1e-300) / noise, dtype=torch.float64)).item()
+    return decibels(float(w.double().square().sum()), float((w.double() - q.double()).square().sum()))
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10 log10(signal / noise); infinite without noise."""
+    return 10 * math.log10(max(signal, 1e-300) / noise) if noise else math.inf
 
 
 def layer_table(model: nn.Module, weights: dict[str, Tensor]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qtrain import bnb, torchao_tensors
 from qtrain.console import progress
@@ -23,14 +23,16 @@ def codes_of(layer: nn.Module) -> QuantizedTensor:
     return bnb.codes_of(layer) if bnb.is_bnb(layer) else torchao_tensors.codes_of(layer)
 
 
+def parts(tensor: Any) -> list[Tensor]:
+    """The plain tensors that a tensor is made of: itself, or those of a subclass such as torchao's."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
+
+
 def convert(model: nn.Module) -> nn.Module:
-    """Layers of ours in place of the others', in place; shares nothing with them but the bias."""
+    """Layers of ours in place of the others', in place."""
     for name, layer in progress([(n, m) for n, m in model.named_modules() if is_foreign(m)], "reading codes"):
         replace(model, name, QuantizedLinear(codes_of(layer), layer.bias))  # type: ignore[arg-type]
-    target: Any = model
-    for attribute in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
-        if attribute in vars(model):
-            delattr(model, attribute)
-    if getattr(getattr(target, "config", None), "quantization_config", None) is not None:
-        del target.config.quantization_config
+    bnb.unmark(model)
     return model.eval()

@@ -89,6 +89,7 @@ def hidden(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 def scored(states_BTH: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
     """States [S, H] of the positions whose next token is scored, and that token [S]."""
+    labels_BT = labels_BT.to(states_BTH.device)  # another one where the model is spread over devices
     wanted = labels_BT[:, 1:] != IGNORED
     return states_BTH[:, :-1][wanted], labels_BT[:, 1:][wanted]
 
@@ -262,6 +263,7 @@ class Language(Task):
 
         def part(states_SH: Tensor, targets_S: Tensor, taught_SH: Tensor | None) -> Tensor:
             logits = head(states_SH)
+            targets_S = targets_S.to(logits.device)
             total = logits.new_zeros(())
             if weight < 1 or teacher_head is None:
                 total = total + (1 - weight if teacher_head is not None else 1.0) * F.cross_entropy(logits, targets_S, reduction="sum")
@@ -277,7 +279,7 @@ class Language(Task):
         for low in range(0, len(targets), size):
             rows = slice(low, low + size)
             given = states[rows], targets[rows], None if taught is None else taught[rows]
-            total = total + (checkpoint(part, *given, use_reentrant=False) if again else part(*given))
+            total = total + (checkpoint(part, *given, use_reentrant=False) if again else part(*given)).to(total.device)
         return total / len(targets)
 
     def validate(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], int]:
@@ -317,7 +319,7 @@ class Language(Task):
         worst = max(float((a - b).abs().max()), float((x - y).abs().max()))
         return {"logits": b.numel(), "hidden_states": y.numel(), "bit_exact": same, "nmse": error, "max_abs": worst}
 
-    def comparison(self, outputs: LanguageOutputs, batches: list[Batch], reference: LanguageOutputs) -> Comparison:
+    def comparison(self, outputs: LanguageOutputs, batches: list[Batch], reference: LanguageOutputs | None) -> Comparison:
         """See `Comparison`."""
         return Comparison(outputs, batches, reference)
 

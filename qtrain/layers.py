@@ -211,14 +211,14 @@ class FakeLinear(nn.Linear, FakeLayer):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.register_buffer("inverse_smoothing", getattr(linear, "inverse_smoothing", None))
-        self.inside: list[Callable[[Tensor], Tensor]] = []
+        self.inside: Callable[[Tensor], Tensor] | None = None
         """Where an adapter is trained inside the weight: what makes the float weight to round of `weight` (`qtrain/lora.py`)."""
         self._set_up(weight, activation)
         self.train(linear.training)
 
     def folded(self) -> tuple[Tensor, Tensor | None]:
         """Float weight and bias, with the adapter that is inside the weight."""
-        return (self.inside[0](self.weight) if self.inside else self.weight), self.bias
+        return (self.inside(self.weight) if self.inside is not None else self.weight), self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""

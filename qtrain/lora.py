@@ -15,7 +15,6 @@ Shapes: W [O, I], A [r, I], B [O, r], DoRA's magnitude m [O].
 
 from __future__ import annotations
 
-import copy
 import difflib
 import hashlib
 import json
@@ -31,12 +30,12 @@ from peft.tuners.lora import layer as peft_layer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from qtrain.bnb import is_int8
+from qtrain.bnb import is_int8, unmark
 from qtrain.checkpoint import staged
 from qtrain.files import write_json
-from qtrain.foreign import codes_of, is_foreign
+from qtrain.foreign import codes_of, is_foreign, parts
 from qtrain.layers import FakeLinear, QuantizedLayer, QuantizedLinear
-from qtrain.prepare import replace
+from qtrain.prepare import copy_of, replace
 
 NAME = "default"
 """peft's name of the one adapter."""
@@ -55,7 +54,7 @@ class LoraInside(peft_layer.Linear):
 
     def __init__(self, base_layer: FakeLinear, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
-        base_layer.inside = [self.weight_now]
+        base_layer.inside = self.weight_now
 
     def weight_now(self, w_OI: Tensor) -> Tensor:
         """W + s * B A [O, I], differentiable."""
@@ -126,16 +125,9 @@ def base_hash(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            for part in _parts(tensor):
+            for part in parts(tensor):
                 digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _parts(tensor: Any) -> list[Tensor]:
-    """The plain tensors that a tensor is made of: itself, or those of a subclass such as torchao's."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 @dataclass
@@ -146,10 +138,16 @@ class Adapter:
     """peft's wrapper around the model; writes the folder that plain peft reads."""
     model: Any
     """The model itself, of its own class, with peft's layers inside."""
-    base_sha256: str
-    """Hash of the base without adapter."""
-    names: list[str]
-    """Layers with an adapter."""
+
+    @property
+    def base_sha256(self) -> str:
+        """Hash of the base without adapter; empty where it has no storage."""
+        return str(self.model.base_sha256)
+
+    @property
+    def names(self) -> list[str]:
+        """Layers with an adapter."""
+        return list(lora_layers(self.model))
 
     @property
     def trainable(self) -> int:
@@ -263,7 +261,7 @@ def attach(model: nn.Module, options: Any, task: str, without: list[str]) -> Ada
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
     target: Any = model
     target.base_sha256 = digest
-    return Adapter(wrapped, model, digest, names)
+    return Adapter(wrapped, model)
 
 
 def lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -284,24 +282,25 @@ def base_weight(layer: nn.Module) -> Tensor:
 @torch.no_grad()
 def merged_inside(model: nn.Module) -> nn.Module:
     """A fake-quantized model with its adapters merged (`LoraInside`); it shares all other tensors with ``model``."""
-    twin = _copy(model)
+    twin = copy_of(model)
     for name, layer in lora_layers(twin).items():
         base = layer.get_base_layer()
-        base.weight, base.inside = nn.Parameter(merged_weight(layer, base.weight), requires_grad=False), []
+        base.weight, base.inside = nn.Parameter(merged_weight(layer, base.weight), requires_grad=False), None
         replace(twin, name, base)
     _unwrap(twin)
     return twin.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def merged_float(model: nn.Module, float_model: nn.Module) -> nn.Module:
+def merged_float(model: nn.Module, float_model: nn.Module | None = None) -> nn.Module:
     """A float model of the decoded base with its adapters merged.
 
     Args:
         model: the base with its adapters.
-        float_model: what the base was made of; gives the classes of its modules, and shares what was not quantized.
+        float_model: what the base was made of; gives the classes of its modules, and shares what was not quantized. None where there is
+            none (`qtrain/straight.py`): the merged model is then on the CPU, and shares nothing.
     """
-    twin = _copy(float_model)
+    twin = copy_of(float_model) if float_model is not None else frame(model)
     decoded: dict[int, nn.Parameter] = {}  # tied weights stay one
     for name, module in list(model.named_modules()):
         if isinstance(module, peft_layer.LoraLayer):
@@ -319,20 +318,43 @@ def merged_float(model: nn.Module, float_model: nn.Module) -> nn.Module:
         else:
             continue
         target: Any = twin.get_submodule(name)
-        target.weight = nn.Parameter(weight.to(target.weight.dtype), requires_grad=False) if weight.dtype != target.weight.dtype else weight
+        place: Any = {"dtype": target.weight.dtype} | ({"device": "cpu"} if float_model is None else {})
+        fits = weight.to(**place) is weight
+        target.weight = weight if fits else nn.Parameter(weight.to(**place), requires_grad=False)
         if getattr(base, "bias", None) is not None:
-            target.bias = nn.Parameter(base.bias.detach().to(target.weight.dtype), requires_grad=False)
+            target.bias = nn.Parameter(base.bias.detach().to(**place), requires_grad=False)
     return twin.requires_grad_(False).eval()
+
+
+def frame(model: Any) -> nn.Module:
+    """The modules of a base with its adapters, on the CPU, with Linear layers without storage where codes or adapters are."""
+    from accelerate.hooks import remove_hook_from_module
+
+    dtype = model.get_input_embeddings().weight.dtype
+    twin: Any = copy_of(model)
+    remove_hook_from_module(twin, recurse=True)
+    for name, layer in list(model.named_modules()):
+        if name.endswith(".base_layer") or not (isinstance(layer, peft_layer.LoraLayer) or is_quantized(layer)):
+            continue
+        base: Any = layer.get_base_layer() if isinstance(layer, peft_layer.LoraLayer) else layer
+        bias = getattr(base, "bias", None) is not None
+        replace(twin, name, nn.Linear(base.in_features, base.out_features, bias=bias, device="meta", dtype=dtype))
+    _unwrap(twin)
+    unmark(twin)
+    twin.__dict__.pop("hf_device_map", None)
+    cpu: dict[int, nn.Parameter] = {}  # tied weights stay one
+    for module in twin.modules():
+        for key, p in module._parameters.items():
+            if p is not None and not p.is_meta:
+                module._parameters[key] = cpu.setdefault(id(p), nn.Parameter(p.detach().cpu().clone(), requires_grad=False))
+        for key, b in module._buffers.items():
+            module._buffers[key] = None if b is None else b.detach().cpu().clone()
+    return twin  # type: ignore[no-any-return]
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module holds codes, ours or those of bitsandbytes."""
     return isinstance(module, QuantizedLayer) or is_foreign(module)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """The modules anew, the tensors shared."""
-    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
 
 
 def _unwrap(model: nn.Module) -> None:

@@ -21,7 +21,9 @@ from torch import nn
 
 from qtrain.console import console
 from qtrain.fit import resolve_precision
+from qtrain.foreign import parts
 from qtrain.layers import quantized_layers
+from qtrain.optimizers import moment_bytes
 
 PER_LAYER = 34
 """Bytes that a transformer layer keeps per token and unit of width, in 16 bits."""
@@ -56,14 +58,7 @@ def stored_bytes(model: nn.Module) -> int:
             tensors |= {id(t): t for t in vars(part).values() if isinstance(t, torch.Tensor)} if part is not None else {}
         scales = getattr(parameter, "SCB", None)
         tensors |= {id(scales): scales} if isinstance(scales, torch.Tensor) else {}
-    return sum(_bytes(t) for t in tensors.values())
-
-
-def _bytes(tensor: Any) -> int:
-    """Bytes of a tensor, or of those that a subclass such as torchao's is made of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return int(tensor.numel() * tensor.element_size())
-    return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return sum(part.numel() * part.element_size() for t in tensors.values() for part in parts(t))
 
 
 def estimate(
@@ -127,7 +122,7 @@ def announce(setup: Any, adapter: Any, base: int | None = None) -> None:
         adapter.model,
         tokens(setup),
         checkpointing=fit.gradient_checkpointing,
-        moment_bytes=2 if eight_bit(str(config.optimizer.get("_target_", ""))) else 8,
+        moment_bytes=moment_bytes(config.optimizer),
         width_bytes=2 if "16" in resolve_precision(str(config.trainer.get("precision", "auto"))) else 4,
         base=base,
     )
@@ -136,11 +131,6 @@ def announce(setup: Any, adapter: Any, base: int | None = None) -> None:
     )
     show(memory, adapter.trainable, total)
     setup.record.data["memory"] = {"expected": memory.rows()}
-
-
-def eight_bit(target: str) -> bool:
-    """Whether an optimizer keeps its moments in 8 bits: bitsandbytes' do, and `adamw_auto` takes one where there is CUDA."""
-    return "8bit" in target or ("optimizers" in target and torch.cuda.is_available())
 
 
 def logical(parameter: Any) -> int:

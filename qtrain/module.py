@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qtrain.checkpoint import has_adapter, moving_state
 from qtrain.evaluate import Batch, logits_of
 from qtrain.fit import Fit
+from qtrain.placement import is_spread
 from qtrain.tasks import TASK, Task
 
 
@@ -46,6 +47,10 @@ class Module(LightningModule):
         self.strict_loading = not has_adapter(model)
         # in a list: neither a submodule, nor in checkpoints, nor put in training mode
         self._teacher = [teacher.eval()] if teacher is not None and distill_weight > 0 else []
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What `to` and its like do to each tensor; a model that is spread over devices stays where it is."""
+        return self if is_spread(self.model) else super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """What a checkpoint holds: of a model with an adapter, only what is trained."""

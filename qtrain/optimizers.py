@@ -67,6 +67,17 @@ def adamw_auto(
     return torch.optim.AdamW(groups, fused=fused, **options)
 
 
+def moment_bytes(optimizer: dict[str, Any]) -> int:
+    """Bytes that the moments of a trained parameter take: 2 of the 8-bit AdamW, 8 of the others at most.
+
+    Args:
+        optimizer: the config node, with its `_target_`.
+    """
+    target = str(optimizer.get("_target_", ""))
+    automatic = target.endswith(f".{adamw_auto.__name__}") and torch.cuda.is_available() and _installed("bitsandbytes") is not None
+    return 2 if automatic or target.endswith("8bit") else 8
+
+
 def _installed(package: str) -> str | None:
     try:
         return version(package)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,11 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
         for leaf, child in list(parent._modules.items()):
             if child is old:
                 setattr(parent, leaf, layer)
+
+
+def copy_of(model: nn.Module, share: bool = True) -> nn.Module:
+    """A copy of the modules; of their tensors too, unless ``share``."""
+    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]} if share else {})
 
 
 def _unswappable(model: nn.Module) -> Callable[[nn.Module], str | None]:
@@ -173,11 +179,16 @@ def choose_once(model: nn.Module, what: str = "searching scales") -> None:
 
 
 def one_row(model: nn.Module) -> nn.Module:
-    """Cut the weight of every fake-quantized layer down to its first row, in place: for a trial of what takes long on whole weights."""
+    """Cut the weight of every fake-quantized layer down to its first row, in place: for a trial of what takes long on whole weights.
+
+    A row of a model without storage becomes one of evenly spread values.
+    """
     for _, layer in fake_layers(model):
-        layer.weight = nn.Parameter(layer.weight[:1].detach(), requires_grad=False)
+        row = layer.weight[:1].detach()
+        row = torch.linspace(-1, 1, row.numel(), dtype=row.dtype).view(row.shape) if row.is_meta else row
+        layer.weight = nn.Parameter(row, requires_grad=False)
         if layer.bias is not None:
-            layer.bias = nn.Parameter(layer.bias[:1].detach(), requires_grad=False)
+            layer.bias = nn.Parameter(torch.zeros_like(layer.bias[:1], device=row.device), requires_grad=False)
         if layer.weight_fake.scale is not None:
             layer.weight_fake.scale = nn.Parameter(layer.weight_fake.scale[:1].detach())
     return model

@@ -167,6 +167,12 @@ class Receipt:
                 what = f"{name} is {other:.6g} in the runtime and {value:.6g} in training"
                 self.failures.append(f"{what}, the tolerance {most:.3g}")
 
+    def add_check(self, name: str, said: str) -> None:
+        """Write down a check that said "passed: …", "failed: …" or "not run: …"; one that failed fails the receipt."""
+        self.checks[name] = said
+        if said.startswith("failed"):
+            self.failures.append(f"{name} {said}")
+
     def json(self) -> dict[str, Any]:
         """Json-ready values, as `run.json` holds them; numbers that are not finite become None."""
         return _finite({**asdict(self), "passed": self.passed})

@@ -63,7 +63,8 @@ def summary(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The closing table as text: its head, and its rows; a column for each stage, or, where there are many, a row."""
     stages = columns(run)
     rows = [[label, *(_metric(key, c.get(key)) for c in stages)] for key, label in METRICS.items() if any(key in c for c in stages)]
-    rows.append(["size", *(f"{c['bytes'] / 1e6:.2f} MB" if c.get("bytes") else "" for c in stages)])
+    if any(c.get("bytes") for c in stages):
+        rows.append(["size", *(f"{c['bytes'] / 1e6:.2f} MB" if c.get("bytes") else "" for c in stages)])
     for shape in dict.fromkeys(shape for c in stages for shape in c.get("latency_ms", {})):
         times = [c.get("latency_ms", {}).get(shape) for c in stages]
         rows.append([f"latency, {shape.replace('x', ' x ')}", *("" if t is None else f"{t:.2f} ms" for t in times)])
@@ -120,6 +121,8 @@ def _logits(receipt: dict[str, Any]) -> str:
 
 def _legend(run: dict[str, Any]) -> str:
     """What the numbers of the closing table are."""
+    if not run["exports"]:
+        return "nothing was exported (export=[])"
     if not any(entry["receipt"].get("latency_ms") for entry in run["exports"]):
         return "sizes (and tokens per second, medians on this machine) are of the written files; float: the same model, not quantized"
     return "latency: batch x tokens (or the shape of the images), medians on this machine; float: the same graph in float32"

@@ -55,16 +55,21 @@ def pipeline(config: Config, record: Record, folder: Path) -> float:
         record.passed()
         return math.nan
     with record.stage("data and model"):
-        setup, float_model = load(config, record, folder)
+        setup, model = load(config, record, folder)
+        shape = model if config.baseline else config.model.empty()
         if config.adapter is not None:
-            tuning.check(setup, float_model)
-        preflight(setup, float_model)
-    with record.stage("float"):
-        fit_stage(setup, "float", float_model, config.finetune)
-        float_outputs = measure(setup, "float", float_model)
+            tuning.check(setup, shape)
+        preflight(setup, shape)
+    float_model, float_outputs = None, None
+    if config.baseline:
+        float_model = model
+        with record.stage("float"):
+            fit_stage(setup, "float", float_model, config.finetune)
+            float_outputs = measure(setup, "float", float_model)
     scheme = config.quantizer
     with record.stage("ptq"):
-        model = quantize(setup, float_model)
+        if float_model is not None:
+            model = quantize(setup, float_model if config.adapter is None else tuning.source(setup, float_model))
         outputs = measure(setup, "ptq", model, float_outputs)
     if config.adapter is not None:
         with record.stage("adapter"):
@@ -74,9 +79,12 @@ def pipeline(config: Config, record: Record, folder: Path) -> float:
             fit_stage(setup, "qat", model, scheme.fit, scheme.callbacks(), teacher=float_model)
             outputs = measure(setup, "qat", model, float_outputs)
     with record.stage("convert"):
-        model, outputs = convert(setup, model, outputs, float_model)
-        if not record.data["convert_equals_prepare"]["bit_exact"]:  # what is exact by construction has raised
-            outputs = measure(setup, "converted", model, float_outputs)
+        if config.baseline or config.adapter.merging(scheme) != "apart":
+            model, outputs = convert(setup, model, outputs, float_model)
+            if not record.data["convert_equals_prepare"]["bit_exact"]:  # what is exact by construction has raised
+                outputs = measure(setup, "converted", model, float_outputs)
+        else:
+            record.note("the base stays in the layers that it was read into, with the adapter beside it: nothing was converted")
         record.data["validation"] = validate(setup, model, float_model)
     for name, exporter in config.export.items():
         with record.stage(f"export {name}"):

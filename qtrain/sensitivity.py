@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from qtrain.activations import FakeActivation
 from qtrain.console import console, progress
-from qtrain.evaluate import Batch
+from qtrain.evaluate import Batch, decibels
 from qtrain.layers import FakeLayer, fake_layers, in_float
 from qtrain.record import Record
 from qtrain.report import ANALYSIS_ROWS, analysis_cells, analysis_head
@@ -47,7 +47,7 @@ def analyze(
     """Measure each layer alone; ``scheme`` and ``model`` (the float model) stay as they are.
 
     Args:
-        scheme: the quantizer, a `qtrain.targets.Scheme`.
+        scheme: the quantizer, a `qtrain.quantizer.Quantizer`.
         keep_float: patterns of modules that the model's family keeps in float.
         calibration: keyword inputs, for static ranges.
         validation_batches: (keyword inputs, labels).
@@ -123,7 +123,7 @@ class Alone:
 
     def sqnr_db(self) -> float:
         """Signal to noise of the output, decibels; infinite where nothing was lost."""
-        return math.inf if self.noise == 0 else 10 * math.log10(max(self.signal, 1e-300) / self.noise)
+        return decibels(self.signal, self.noise)
 
     def _bypass(self, bypassed: bool) -> None:
         for switch in self.switches:

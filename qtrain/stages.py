@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import qtrain
 from exporters.base import ExportJob, ReceiptFailed, packed_layers
+from qtrain import straight
 from qtrain.checkpoint import load_weights, save_model, tidy
 from qtrain.evaluate import Batch, classification_metrics, compare_to_float, layer_table, sizes
 from qtrain.fit import Fit, build, check, train
@@ -20,7 +21,8 @@ from qtrain.importance import weigh
 from qtrain.layers import fake_layers
 from qtrain.malloc import release
 from qtrain.module import Module
-from qtrain.prepare import lost_by_dtype, one_row
+from qtrain.placement import moved
+from qtrain.prepare import copy_of, lost_by_dtype, one_row
 from qtrain.record import Record
 from qtrain.sensitivity import analyze, keep_most_harmful, print_analysis
 from qtrain.streaming import RuntimeOnly, halved, rows, streamed
@@ -57,6 +59,7 @@ class Setup:
 
 def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     """Data, model and device."""
+    straight.check(config)
     judged = task(getattr(config.model, "task", "classification"))
     if config.optimize is not None and config.optimize not in judged.metrics:
         raise ValueError(
@@ -71,7 +74,8 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
         )
     processor = config.model.processor()
     data = config.data.build(processor, config.seed)
-    model = config.model.build(len(data.label_names), config.seed, data.label_names)
+    names = data.label_names
+    model = config.model.build(len(names), config.seed, names) if config.baseline else straight.load(config, record)
     data.check(model)
     for note in data.notes:
         record.note(note)
@@ -105,7 +109,7 @@ def preflight(setup: Setup, model: nn.Module) -> None:
     if setup.task.name == "classification":
         trial = _classification_trial(scheme, model, always, example)
     else:  # rows are rounded one by one, so one of each weight shows what all would
-        trial, _ = scheme.prepare(_copy(model, share=True), always, example)
+        trial, _ = scheme.prepare(copy_of(model), always, example)
         trial = scheme.convert(one_row(trial))
     _preflight_exports(setup, trial)
 
@@ -126,21 +130,12 @@ def _classification_trial(scheme: Any, model: nn.Module, always: list[str], exam
     return converted
 
 
-def _copy(model: nn.Module, share: bool) -> nn.Module:
-    """A copy of the modules; of the weights too, unless they are to be shared."""
-    memo = {id(t): t for t in [*model.parameters(), *model.buffers()]} if share else {}
-    return copy.deepcopy(model, memo)
-
-
 def quantize(setup: Setup, float_model: nn.Module) -> nn.Module:
     """Put a copy of ``float_model`` on the grid: transform, find out what to keep in float, prepare, calibrate."""
     config, record = setup.config, setup.record
     scheme, always = setup.scheme, config.model.always_float(float_model)
     calibration = calibration_batches(setup, scheme)
-    near = config.adapter is not None and config.adapter.init == "loftq"
-    model = scheme.transform(_copy(float_model, share=not (scheme.moves_weights or near)), calibration, always)
-    if near:
-        setup.starts = loftq(setup, model, always)
+    model = scheme.transform(copy_of(float_model, share=not scheme.moves_weights), calibration, always)
     if config.analyze or scheme.automatic:
         rows = analyze(scheme, model, always, calibration, list(setup.data.val_dataloader()), config.analyze_examples, setup.task)
         record.data["analysis"] = rows
@@ -152,17 +147,6 @@ def quantize(setup: Setup, float_model: nn.Module) -> nn.Module:
     record_fallbacks(setup)
     record_dtypes(setup, model)
     return model
-
-
-def loftq(setup: Setup, model: nn.Module, always: list[str]) -> dict[str, Any]:
-    """Base and adapter together near the float model; the adapter's first values by layer."""
-    from qtrain.loftq import start_near
-    from qtrain.lora import targets
-
-    options = setup.config.adapter
-    grids = setup.scheme.weight_grids(model, always)
-    names = targets(model, options.target_modules, [*always, *options.modules_to_save])
-    return start_near(model, {n: grids[n] for n in names if n in grids}, options.rank, options.scaling, options.loftq_iterations)
 
 
 def calibration_batches(setup: Setup, scheme: Any) -> list[dict[str, Tensor]]:
@@ -222,27 +206,28 @@ def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: A
 
 def measure(setup: Setup, stage: str, model: nn.Module, float_outputs: Any = None) -> Any:
     """Outputs on the test split; the metrics go into the record."""
-    outputs = setup.task.predict(model.to(setup.device), setup.batches, f"evaluating {stage}")
+    outputs = setup.task.predict(moved(model, setup.device), setup.batches, f"evaluating {stage}")
     setup.record.data["stages"][stage] = setup.task.measure(outputs, setup.batches, float_outputs)
     return outputs
 
 
-def validate(setup: Setup, model: nn.Module, float_model: nn.Module) -> dict[str, float]:
+def validate(setup: Setup, model: nn.Module, float_model: nn.Module | None) -> dict[str, float]:
     """Metrics on the validation split, which sweepers choose by: choosing by the test split would spoil it."""
     batches, judged = list(setup.data.val_dataloader()), setup.task
     reference = None
-    if judged.needs_reference:
+    if judged.needs_reference and float_model is not None:
         reference = judged.predict(float_model.to(setup.device), batches, "evaluating the validation split in float")
     return judged.measure(judged.predict(model, batches, "evaluating the validation split"), batches, reference)
 
 
-def convert(setup: Setup, model: nn.Module, outputs: Any, float_model: nn.Module) -> tuple[nn.Module, Any]:
+def convert(setup: Setup, model: nn.Module, outputs: Any, float_model: nn.Module | None) -> tuple[nn.Module, Any]:
     """Integer codes instead of fake-quant, the proof that no bit of any output changed, and the outputs."""
     scheme = setup.scheme
-    trained = {name: p.detach() for name, p in float_model.named_parameters(remove_duplicate=False)}
+    before = {} if float_model is None else dict(float_model.named_parameters(remove_duplicate=False))
+    trained = {name: p.detach() for name, p in before.items()}
     trained |= {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False) if n not in trained or p.shape == trained[n].shape}
     trained |= {f"{name}.weight": layer.folded()[0].detach() for name, layer in fake_layers(model)}
-    model = scheme.convert(model).to(setup.device)
+    model = moved(scheme.convert(model), setup.device)
     record_fallbacks(setup)
     trained |= getattr(model, "float_weights", {})  # of a graph of torch's, whose layers have names only now
     converted = setup.task.predict(model, setup.batches, "convert == prepare")
@@ -254,12 +239,12 @@ def convert(setup: Setup, model: nn.Module, outputs: Any, float_model: nn.Module
         )
     setup.record.data["convert_equals_prepare"] = change
     setup.record.data["quantized"] = layer_table(model, trained)
-    setup.record.data["size"] = sizes(model, float_model)
+    setup.record.data["size"] = sizes(model, setup.config.model.empty() if float_model is None else float_model)
     save_model(setup.folder / "checkpoints" / "converted", model, whole=True, config=setup.record.data["config"])
     return model, converted
 
 
-def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module, outputs: Any, float_outputs: Any) -> None:
+def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module | None, outputs: Any, float_outputs: Any) -> None:
     """Write one artefact and its receipt."""
     config = setup.config
 
@@ -268,7 +253,7 @@ def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module
 
     job = ExportJob(
         model=model.cpu(),
-        float_model=float_model.cpu(),
+        float_model=None if float_model is None else float_model.cpu(),
         example_inputs=setup.data.example_inputs(2),
         batches=setup.batches,
         training_logits=outputs,
@@ -310,11 +295,13 @@ def stream(config: Any, record: Record, folder: Path) -> None:
     scheme, exporters = config.quantizer, config.export
     refused = [f"export={name}" for name, exporter in exporters.items() if not exporter.streams]
     refused += [] if hasattr(config.model, "skeleton") else [f"model={config.model.registered_name}"]
+    refused += [f"adapter={config.adapter.registered_name}"] if config.adapter is not None else []
     refused += [f"quantizer={scheme.registered_name}"] if scheme.trains or scheme.needs_data or scheme.moves_weights else []
     if refused or not exporters or config.analyze:
         raise ValueError(
             f"stream=true rounds one tensor after another and writes it, without {', '.join(refused) or 'analyze=true or export=[]'}. "
-            "Set model=causal_lm quantizer=rtn quantizer.imatrix=false (or a file) export=[gguf] analyze=false, or stream=false"
+            "Set model=causal_lm quantizer=rtn quantizer.imatrix=false (or a file) adapter=null export=[gguf] analyze=false, or "
+            "stream=false"
         )
     with record.stage("data and model"):
         processor = config.model.processor()

@@ -15,7 +15,6 @@ of the float file beside it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from qtrain.evaluate import Batch
+from qtrain.evaluate import Batch, decibels
 from qtrain.grids.base import Grid, Params, QuantizedTensor, require_finite
 from qtrain.language_task import IGNORED, Score
 from qtrain.layers import FakeEmbedding, fake_layers
@@ -127,7 +126,7 @@ def _sqnr_db(w: Tensor, q: QuantizedTensor) -> float | None:
         values = part.decode() if part is not None else whole[rows]  # type: ignore[index]
         signal += float(w[rows].square().sum(dtype=torch.float64))
         noise += float((w[rows] - values).square().sum(dtype=torch.float64))
-    return 10 * math.log10(max(signal, 1e-300) / noise) if noise else None
+    return decibels(signal, noise) if noise else None
 
 
 class StreamedLayer(nn.Module):

@@ -9,6 +9,7 @@ from torch import nn
 
 from qtrain.console import progress
 from qtrain.grids.base import QuantizedTensor, require_finite
+from qtrain.registry import get
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def swap(model: nn.Module, linear: dict[str, Any], options: Any) -> None:
     from torchao.quantization import quantize_
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = settings(options)
+    config = settings(options.weight)
     for name, module in progress(linear.items(), f"quantizing to {options.type}"):
         require_finite(module.weight, f"the weight of {name}")
         why = options.weight.check_shape(tuple(module.weight.shape))
@@ -31,15 +32,20 @@ def swap(model: nn.Module, linear: dict[str, Any], options: Any) -> None:
         quantize_(module, config)
 
 
-def settings(options: Any) -> Any:
-    """torchao's config of `qtrain.quantizers.torchao_base.Torchao`."""
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerGroup
+def settings(grid: Any) -> Any:
+    """torchao's config for one of our grids: int8 packed tensors per row, or integers in bytes per group."""
+    from torchao.quantization import Int8WeightOnlyConfig
 
-    if options.type == "int8":
-        return Int8WeightOnlyConfig(set_inductor_config=False)
-    types: Any = torch  # whose stubs lack int4
-    return IntxWeightOnlyConfig(weight_dtype=types.int4, granularity=PerGroup(options.group_size))
+    return Int8WeightOnlyConfig(set_inductor_config=False) if grid.granularity == "channel" else unpacked(grid)
+
+
+def unpacked(grid: Any) -> Any:
+    """torchao's config of integers in bytes, which it has for any number of bits, per row or group."""
+    from torchao.quantization import IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerAxis, PerGroup
+
+    granularity = PerGroup(grid.group_size) if grid.granularity == "group" else PerAxis(0)
+    return IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{grid.bits}"), granularity=granularity)
 
 
 def is_torchao(module: nn.Module) -> bool:
@@ -48,23 +54,26 @@ def is_torchao(module: nn.Module) -> bool:
 
 
 def codes_of(layer: Any) -> QuantizedTensor:
-    """Codes, scales and grid of a layer with a symmetric integer tensor of torchao.
+    """Codes, scales and grid of a layer with a symmetric integer tensor of torchao; codes are shared with it."""
+    weight = layer.weight
+    size = int(weight.block_size[1])
+    if type(weight).__name__ == "Int8Tensor":
+        grid = get("grid", "affine")(bits=8, granularity="channel", rule="absmax_half")
+    else:
+        grid = get("grid", "affine")(bits=4, granularity="group", group_size=size, rule="absmax_half")
+    return symmetric(weight, grid)
+
+
+def symmetric(weight: Any, grid: Any) -> QuantizedTensor:
+    """The codes of a tensor of torchao on ``grid``.
 
     Raises:
-        ValueError: if the tensor has zero points.
+        ValueError: if it has zero points.
     """
-    from qtrain.registry import get
-
-    weight = layer.weight
     zero = getattr(weight, "zero_point", None)
     if zero is not None and bool(zero.any()):
         raise ValueError(
-            "a weight of torchao has zero points, and qtrain's base grids are symmetric. Set quantizer=torchao quantizer.type=int8"
+            "a weight of torchao has zero points, and the grids that torchao trains on are symmetric. Set quantizer=torchao "
+            "quantizer.type=int8"
         )
-    size = int(weight.block_size[1])
-    affine = get("grid", "affine")
-    if size == weight.shape[1] and type(weight).__name__ == "Int8Tensor":
-        grid = affine(bits=8, granularity="channel", rule="absmax_half")
-    else:
-        grid = affine(bits=4, granularity="group", group_size=size, rule="absmax_half")
-    return QuantizedTensor(grid, weight.qdata.detach().clone(), {"scale": weight.scale.detach().float().clone()})
+    return QuantizedTensor(grid, weight.qdata.detach(), {"scale": weight.scale.detach().float()})

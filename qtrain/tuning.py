@@ -10,7 +10,6 @@ What is deployed goes on to `convert` and the exporters like any other quantized
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,12 @@ from torch import nn
 
 from qtrain.console import console
 from qtrain.layers import fake_layers
+from qtrain.loftq import start_near
 from qtrain.lora import Adapter, attach, merged_float, merged_inside, targets
 from qtrain.memory import announce
-from qtrain.stages import Setup, calibration_batches, fit_stage, measure, record_fallbacks
+from qtrain.prepare import copy_of
+from qtrain.stages import Setup, fit_stage, measure, quantize
+from qtrain.tokens import render
 
 STAGES = {"apart": "adapter", "float": "merged_float", "rounded": "merged_rounded", "consistent": "merged_consistent"}
 """Where the metrics of each merge are in run.json's `stages`."""
@@ -55,18 +57,36 @@ def check(setup: Setup, model: nn.Module) -> None:
     targets(model, config.adapter.target_modules, [*always, *config.adapter.modules_to_save])
 
 
-def tune(setup: Setup, model: nn.Module, float_model: nn.Module, float_outputs: Any) -> tuple[nn.Module, Any]:
+def source(setup: Setup, float_model: nn.Module) -> nn.Module:
+    """What the base is made of: the float model, or, of init=loftq, weights chosen with the adapter's first values (`Setup.starts`)."""
+    options = setup.config.adapter
+    if options.init != "loftq":
+        return float_model
+    always = setup.config.model.always_float(float_model)
+    near = copy_of(float_model, share=False)
+    grids = setup.scheme.weight_grids(near, always)
+    names = targets(near, options.target_modules, [*always, *options.modules_to_save])
+    chosen = {name: grids[name] for name in names if name in grids}
+    setup.starts = start_near(near, chosen, options.rank, options.scaling, options.loftq_iterations)
+    return near
+
+
+def tune(setup: Setup, model: nn.Module, float_model: nn.Module | None, float_outputs: Any) -> tuple[nn.Module, Any]:
     """Train an adapter on ``model``, the prepared base; returns the model to deploy, prepared, and its outputs.
 
     `Setup.scheme` is then what converts it.
+
+    Args:
+        float_model: what the base was made of; None of baseline=false.
     """
     options, scheme = setup.config.adapter, setup.scheme
-    float_model.cpu()  # a GPU that holds the base in 4 bits need not have room for both; a teacher is moved back by training
+    if float_model is not None:
+        float_model.cpu()  # a GPU that holds the base in 4 bits need not have room for both; a teacher is moved back by training
     merging = options.merging(scheme)
     base = model
     if merging != "consistent" and next(fake_layers(model), None) is not None:
         base = scheme.convert(model)  # a frozen weight is decoded in each step, not rounded
-    adapter = attach(base, options, setup.task.name, setup.config.model.always_float(float_model))
+    adapter = attach(base, options, setup.task.name, setup.config.model.always_float(float_model or base))
     for name, (a, b) in setup.starts.items():
         adapter.start(name, a, b)
     if options.path is not None:
@@ -85,10 +105,13 @@ def tune(setup: Setup, model: nn.Module, float_model: nn.Module, float_outputs: 
     return deployed, outputs
 
 
-def _merges(setup: Setup, base: nn.Module, merging: str, float_model: nn.Module, outputs: Any, float_outputs: Any) -> tuple[nn.Module, Any]:
+def _merges(
+    setup: Setup, base: nn.Module, merging: str, float_model: nn.Module | None, outputs: Any, float_outputs: Any
+) -> tuple[nn.Module, Any]:
     """Measure every merge that the options allow; the one to deploy, and its outputs."""
     if merging == "apart":
-        _merged_float(setup, base, float_model, float_outputs)
+        if float_model is not None:  # else there may be no room for one
+            _merged_float(setup, base, float_model, float_outputs)
         return base, outputs
     if merging == "consistent":
         deployed = merged_inside(base)
@@ -107,20 +130,14 @@ def _merges(setup: Setup, base: nn.Module, merging: str, float_model: nn.Module,
     return _rounded(setup, merged, float_outputs)
 
 
-def _merged_float(setup: Setup, base: nn.Module, float_model: nn.Module, float_outputs: Any) -> tuple[nn.Module, Any]:
+def _merged_float(setup: Setup, base: nn.Module, float_model: nn.Module | None, float_outputs: Any) -> tuple[nn.Module, Any]:
     merged = merged_float(base, float_model)
     return merged, measure(setup, STAGES["float"], merged, float_outputs)
 
 
 def _rounded(setup: Setup, merged: nn.Module, float_outputs: Any) -> tuple[nn.Module, Any]:
-    setup.scheme = scheme = setup.config.adapter.deploy
-    always = setup.config.model.always_float(merged)
-    calibration = calibration_batches(setup, scheme)
-    model = scheme.transform(copy.deepcopy(merged) if scheme.moves_weights else merged, calibration, always)
-    model, setup.record.data["kept_float"] = scheme.prepare(model, always, setup.data.example_inputs(2))
-    model = scheme.calibrate(model, calibration)
-    setup.record.data |= scheme.details
-    record_fallbacks(setup)
+    setup.scheme = setup.config.adapter.deploy
+    model = quantize(setup, merged)
     return model, measure(setup, STAGES["rounded"], model, float_outputs)
 
 
@@ -147,8 +164,8 @@ def greedy(setup: Setup, model: Any, options: Any) -> str | None:
         return None
     tokenizer = setup.processor
     if getattr(setup.data, "chat", False):
-        message = [{"role": "user", "content": options.sample}]
-        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)["input_ids"]
+        told = {"tokenize": True, "add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        ids = render(tokenizer, options.sample, **told)["input_ids"]
     else:
         ids = tokenizer(options.sample, return_tensors="pt")["input_ids"]
     model.eval()

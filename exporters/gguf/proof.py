@@ -14,9 +14,7 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from exporters.base import Artefact, ExportJob
+from exporters.base import Artefact, ExportJob, greedy
 from exporters.gguf.llama import Llama, probe
 from qtrain.receipt import Receipt
 
@@ -37,9 +35,7 @@ def prove(exporter: Gguf, job: ExportJob, artefact: Artefact, receipt: Receipt) 
     with Llama(artefact.path, context=room, threads=exporter.threads, embeddings=embeds) as llama:
         compare_outputs(exporter, job, llama, receipt)
         alone = hasattr(job.comparison, "fresh")  # a streamed run: PyTorch never saw the model
-        receipt.checks["tokenization"] = tokenization(exporter, job.processor, llama, receipt)
-        if receipt.checks["tokenization"].startswith("failed"):
-            receipt.failures.append(f"tokenization {receipt.checks['tokenization']}")
+        receipt.add_check("tokenization", tokenization(exporter, job.processor, llama, receipt))
         if not embeds and receipt.passed and job.training_logits is not None:
             receipt.checks["generation"] = generation(job, llama, exporter.generate)
     if alone and artefact.float_path is not None:
@@ -89,11 +85,7 @@ def tokenization(exporter: Gguf, tokenizer: Any, llama: Llama, receipt: Receipt)
 def generation(job: ExportJob, llama: Llama, count: int) -> str:
     """Generate greedily from the start of the evaluation text on both sides."""
     prompt = max(job.comparison.sequences, key=len)[:PROMPT]
-    model: Any = job.model
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
-    ours, theirs = written[0, len(prompt) :].tolist(), llama.greedy(prompt, count)
+    ours, theirs = greedy(job.model, prompt, count), llama.greedy(prompt, count)
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     return f"passed: the first {same} of {max(len(ours), len(theirs))} greedy tokens are the same: {llama.detokenize(theirs[:same])!r}"
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from exporters.base import Artefact, ExportJob, Inputs
+from exporters.base import Artefact, ExportJob, Inputs, greedy
 from exporters.gguf.strings import varied_strings
 from exporters.transformers_folder.about import quiet
 from exporters.transformers_folder.contents import TORCH, layers_of
@@ -40,8 +40,8 @@ CHAT = [
 
 def prove(exporter: TransformersFolder, job: ExportJob, artefact: Artefact, session: Session, receipt: Receipt) -> None:
     """Fill in ``receipt``; see the module."""
-    add(receipt, "loading", loading(job, session))
-    add(receipt, "float weights", float_weights(job, session, exporter.dtype))
+    receipt.add_check("loading", loading(job, session))
+    receipt.add_check("float weights", float_weights(job, session, exporter.dtype))
     compute = str(next(p.dtype for p in [*job.model.parameters(), *job.model.buffers()] if p.is_floating_point())).removeprefix("torch.")
     session.value("compute", dtype=compute)
     switched = ", without bitsandbytes' AVX512-BF16 kernels" if "quantization_config" in session.about["config"] else ""
@@ -50,18 +50,11 @@ def prove(exporter: TransformersFolder, job: ExportJob, artefact: Artefact, sess
         exporter.compare_logits(job, artefact, receipt)
     else:
         outputs(exporter, job, session, receipt)
-    add(receipt, "tokenizer", tokenizer(job.processor, session))
+    receipt.add_check("tokenizer", tokenizer(job.processor, session))
     if job.task == "language" and exporter.generate:
-        add(receipt, "generation", generation(job, session, exporter.generate, receipt.logits_max_abs))
+        receipt.add_check("generation", generation(job, session, exporter.generate, receipt.logits_max_abs))
     if exporter.dtype != "float32":
-        add(receipt, exporter.dtype, own_type(job, session, exporter.dtype))
-
-
-def add(receipt: Receipt, name: str, said: str) -> None:
-    """Write a check down; one that failed fails the receipt."""
-    receipt.checks[name] = said
-    if said.startswith("failed"):
-        receipt.failures.append(f"{name} {said}")
+        receipt.add_check(exporter.dtype, own_type(job, session, exporter.dtype))
 
 
 def loading(job: ExportJob, session: Session) -> str:
@@ -129,10 +122,9 @@ def generation(job: ExportJob, session: Session, count: int, noise: float) -> st
     """Generate greedily from the start of the evaluation text on both sides."""
     prompt = max(job.comparison.sequences, key=len)[:PROMPT]
     model: Any = job.model
-    ids = torch.tensor([prompt])
     with quiet():  # of settings for sampling in the generation config
-        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0)
-    ours, theirs = written[0, len(prompt) :].tolist(), session.value("generate", ids=prompt, count=count)["ids"]
+        ours = greedy(model, prompt, count)
+    theirs = session.value("generate", ids=prompt, count=count)["ids"]
     if ours == theirs:
         return f"passed: the same {len(ours)} greedy tokens: {job.processor.decode(ours)!r}"
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))

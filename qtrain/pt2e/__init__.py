@@ -22,10 +22,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from qtrain.lazy import lazy_import
-from qtrain.targets import Scheme, select
+from qtrain.quantizer import Quantizer
+from qtrain.targets import select
 
 if TYPE_CHECKING:
     import torch
@@ -39,24 +40,8 @@ EAGER = {False: "ptq_static", True: "qat"}
 
 
 @dataclass
-class GraphScheme:
+class GraphScheme(Quantizer):
     """Quantizers that trace the model: what torch's own quantizers decide, and which modules they may have."""
-
-    exact: ClassVar[bool] = True
-    """Whether `convert` changes no bit of any output."""
-    trains: ClassVar[bool] = False
-    """Whether the run trains the prepared model."""
-    static: ClassVar[bool] = True
-    """Activations have static ranges."""
-    needs_data: ClassVar[bool] = True
-    """Calibration data is read."""
-    automatic: ClassVar[int] = 0
-    """`keep_float=auto:N` is refused: torch's fake-quantizers cannot be tried one by one."""
-    weight: ClassVar[None] = None
-    activation: ClassVar[None] = None
-    equalize: ClassVar[bool] = False
-    bias_correction: ClassVar[bool] = False
-    imatrix: ClassVar[bool] = False
 
     defaults: list[Any] = field(default_factory=lambda: ["_self_", {"/grid@embedding": "int8"}])
     backend: str = "x86"
@@ -71,22 +56,10 @@ class GraphScheme:
     """Patterns of modules to leave in float, besides those of the model family."""
 
     def __post_init__(self) -> None:
-        self.fallbacks: list[dict[str, str]] = []
-        """What was not done as asked: [{"name", "why"}]."""
-        self.details: dict[str, Any] = {}
-        """What was done to the model, for run.json."""
-        self.importance: dict[str, Any] = {}
-        """See `qtrain.targets.Scheme`; torch's graph flows weigh nothing."""
-        self.keep_float = [self.keep_float] if isinstance(self.keep_float, str) else list(self.keep_float)
+        super().__post_init__()
         if self.backend not in BACKENDS:
             raise ValueError(f"quantizer.backend is {self.backend!r}; valid: {', '.join(BACKENDS)}. Set quantizer.backend=x86, say.")
-        if any(pattern.startswith("auto:") for pattern in self.keep_float):
-            raise ValueError(
-                f"quantizer.keep_float has {self.keep_float}; torch's graph flows cannot try their layers one by one, as auto:N does. "
-                f"Find the names with quantizer={EAGER[self.trains]} quantizer.keep_float=auto:N, and list them here"
-            )
-        if self.smoothquant is not None and not 0 <= self.smoothquant <= 1:
-            raise ValueError(f"quantizer.smoothquant is {self.smoothquant}; it is from 0 to 1. Set quantizer.smoothquant=0.5, or null.")
+        self.refuse_automatic("layers of torch's graph flows", instead=EAGER[self.trains])
         if self.smoothquant is not None and self.backend == "xnnpack":
             raise ValueError(
                 "quantizer.backend=xnnpack puts the factors of smoothquant themselves on a grid, and most of them at zero. Set "
@@ -94,13 +67,9 @@ class GraphScheme:
             )
 
     @property
-    def moves_weights(self) -> bool:
-        """See `qtrain.targets.Scheme.moves_weights`."""
-        return self.trains or self.smoothquant is not None
-
-    def transform(self, model: nn.Module, calibration: list[dict[str, Any]], keep_float: list[str]) -> nn.Module:
-        """See `qtrain.targets.Scheme.transform`."""
-        return Scheme.transform(self, model, calibration, keep_float)  # type: ignore[arg-type]
+    def static(self) -> bool:
+        """Activations have static ranges."""
+        return True
 
     def prepare(self, model: nn.Module, keep_float: list[str], example: dict[str, Any] | None = None) -> tuple[nn.Module, list[str]]:
         """Trace ``model`` and put torch's observers (or fake-quantizers) into the graph.
@@ -212,10 +181,6 @@ class GraphScheme:
         self.fallbacks += notes
         lowered.float_weights |= {f"{name}.weight": layer.weight.detach() for name, layer in fake_layers(lowered)}
         return convert(lowered)
-
-    def callbacks(self) -> list[Any]:
-        """Lightning callbacks for the stage that trains the prepared model."""
-        return []
 
 
 def schedule(freeze_step: int | None, freeze_batch_norm_step: int | None) -> Any:

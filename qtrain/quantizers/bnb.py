@@ -16,10 +16,10 @@ is switched off (`Linear4bit.support_avx512bf16_for_cpu`); codes and scales stay
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from qtrain.frozen import FrozenBase
 from qtrain.registry import get, register
-from qtrain.targets import FrozenBase
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +33,8 @@ STORAGE = ("uint8", "bfloat16", "float16", "float32")
 @dataclass
 class Bnb(FrozenBase):
     """bitsandbytes' NF4, FP4 or INT8 layers: the frozen base of QLoRA."""
+
+    loads: ClassVar[bool] = True
 
     type: str = "nf4"
     """nf4, fp4 or int8."""
@@ -57,20 +59,36 @@ class Bnb(FrozenBase):
             raise ValueError(f"quantizer.threshold is {self.threshold}; at least 0. Set quantizer.threshold=6.0")
         if self.type == "int8" and self.quant_storage != "uint8":
             raise ValueError(f"quantizer.quant_storage={self.quant_storage} is for nf4 and fp4. Set quantizer.quant_storage=uint8")
-
-    @property
-    def weight(self) -> Any:
-        """The grid that the weights are on."""
-        if self.type == "int8":
-            return get("grid", "affine")(bits=8, granularity="channel", rule="absmax")
-        return get("grid", self.type)(double_quant=self.double_quant)
+        self.weight = grid(self.type, self.double_quant)
 
     def swap(self, model: nn.Module, linear: dict[str, Any]) -> None:
         """bitsandbytes' layers in place of ``linear``."""
         from qtrain.bnb import swap
 
+        self._report(swap(model, linear, self))
+
+    def settings(self, skip: list[str]) -> Any:
+        """transformers' config that makes it read weights straight into these layers; modules in ``skip`` stay in float."""
+        from qtrain.bnb import settings
+
+        return settings(self, skip)
+
+    def settle(self, model: nn.Module) -> None:
+        """Make a model that was read so compute with its codes."""
+        from qtrain.bnb import settle
+
+        self._report(settle(model))
+
+    def _report(self, wrong: list[str]) -> None:
         why = (
             "bitsandbytes decodes rows of this length wrongly on this processor (its AVX-512 kernel takes the scales of other blocks), so "
             "a layer of qtrain's computes with the same codes"
         )
-        self.fallbacks += [{"name": name, "why": why} for name in swap(model, linear, self)]
+        self.fallbacks += [{"name": name, "why": why} for name in wrong]
+
+
+def grid(type: str, double_quant: bool) -> Any:
+    """The grid that bitsandbytes' weights are on."""
+    if type == "int8":
+        return get("grid", "affine")(bits=8, granularity="channel", rule="absmax")
+    return get("grid", type)(double_quant=double_quant)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qtrain.registry import register
-from qtrain.targets import Scheme, int8_grids
+from qtrain.scheme import Scheme, int8_grids
 
 
 @register("quantizer", "ptq_static")

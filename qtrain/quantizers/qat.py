@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from qtrain.fit import Distill, Fit
 from qtrain.registry import register
-from qtrain.targets import Scheme
+from qtrain.scheme import Scheme
 
 if TYPE_CHECKING:
     from torch import nn

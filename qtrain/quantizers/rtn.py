@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qtrain.registry import register
-from qtrain.targets import Scheme
+from qtrain.scheme import Scheme
 
 
 @register("quantizer", "rtn")

@@ -12,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qtrain.frozen import FrozenBase
 from qtrain.registry import get, register
-from qtrain.targets import FrozenBase
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,14 +37,11 @@ class Torchao(FrozenBase):
             raise ValueError(f"quantizer.type is {self.type!r}; valid: {', '.join(TYPES)}. Set quantizer.type=int8")
         if self.group_size < 1:
             raise ValueError(f"quantizer.group_size is {self.group_size}; at least 1. Set quantizer.group_size=32")
-
-    @property
-    def weight(self) -> Any:
-        """The grid that the weights are on."""
         affine = get("grid", "affine")
         if self.type == "int8":
-            return affine(bits=8, granularity="channel", rule="absmax_half")
-        return affine(bits=4, granularity="group", group_size=self.group_size, rule="absmax_half")
+            self.weight = affine(bits=8, granularity="channel", rule="absmax_half")
+        else:
+            self.weight = affine(bits=4, granularity="group", group_size=self.group_size, rule="absmax_half")
 
     def swap(self, model: nn.Module, linear: dict[str, Any]) -> None:
         """torchao's tensors in place of the weights of ``linear``."""

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from qtrain.fit import Distill, Fit
 from qtrain.lazy import lazy_import
 from qtrain.registry import register
-from qtrain.targets import Scheme, select
+from qtrain.scheme import Scheme
+from qtrain.targets import select
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,8 @@ class TorchaoQat(Scheme):
         from torchao.quantization import quantize_
         from torchao.quantization.qat import QATConfig
 
+        from qtrain.torchao_tensors import unpacked
+
         chosen, kept = select(model, self.include, [*self.keep_float, *keep_float])
         for kind, grid in self._kinds():
             names = {n for n, m in chosen.items() if isinstance(m, kind)}
@@ -79,7 +82,7 @@ class TorchaoQat(Scheme):
                         f"{name}: {type(chosen[name]).__name__} has a forward of its own, and torchao's fake-quantized {kind.__name__} "
                         f"computes a plain {kind.__name__}'s. Set quantizer=qat, or quantizer.keep_float=[{name}]"
                     )
-            quantize_(model, QATConfig(_base(grid), step="prepare"), filter_fn=lambda _, name, names=names: name in names)
+            quantize_(model, QATConfig(unpacked(grid), step="prepare"), filter_fn=lambda _, name, names=names: name in names)
         return model, sorted(kept)
 
     def convert(self, model: nn.Module) -> nn.Module:
@@ -91,6 +94,7 @@ class TorchaoQat(Scheme):
 
         from qtrain.grids.base import require_finite
         from qtrain.prepare import replace
+        from qtrain.torchao_tensors import unpacked
 
         fakes = {n: m for n, m in model.named_modules() if isinstance(m, (FakeQuantizedLinear, FakeQuantizedEmbedding))}
         for name, module in fakes.items():
@@ -98,29 +102,18 @@ class TorchaoQat(Scheme):
         for kind, grid in self._kinds():
             names = {n for n, m in fakes.items() if isinstance(m, kind)}
             if grid is not None:
-                quantize_(model, QATConfig(_base(grid), step="convert"), filter_fn=lambda _, name, names=names: name in names)
+                quantize_(model, QATConfig(unpacked(grid), step="convert"), filter_fn=lambda _, name, names=names: name in names)
         for name in fakes:
             replace(model, name, self._with_codes(model.get_submodule(name)))
         return model.eval()
 
     def _with_codes(self, module: Any) -> nn.Module:
-        from qtrain.grids.base import QuantizedTensor
         from qtrain.layers import QuantizedEmbedding, QuantizedLinear
+        from qtrain.torchao_tensors import symmetric
 
-        is_embedding = isinstance(module, torch.nn.Embedding)
-        w = module.weight  # torchao's IntxUnpackedToInt8Tensor: qdata int8 [O, I], scale [O, G], zero_point 0
-        assert not bool(w.zero_point.any())
-        q = QuantizedTensor(self.embedding if is_embedding else self.weight, w.qdata, {"scale": w.scale.float()})
-        return QuantizedEmbedding(q) if is_embedding else QuantizedLinear(q, module.bias)
+        if isinstance(module, torch.nn.Embedding):
+            return QuantizedEmbedding(symmetric(module.weight, self.embedding))
+        return QuantizedLinear(symmetric(module.weight, self.weight), module.bias)
 
     def _kinds(self) -> list[tuple[Any, Any]]:
         return [(torch.nn.Linear, self.weight), (torch.nn.Embedding, self.embedding)]
-
-
-def _base(grid: Any) -> Any:
-    """torchao's base config for one of our grids."""
-    from torchao.quantization import IntxWeightOnlyConfig
-    from torchao.quantization.granularity import PerAxis, PerGroup
-
-    granularity = PerGroup(grid.group_size) if grid.granularity == "group" else PerAxis(0)
-    return IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{grid.bits}"), granularity=granularity)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from qtrain.grids.ggml import TYPES, Ggml
 from qtrain.language_task import TASK
 from qtrain.models.causal_lm import CausalLm
 from qtrain.quantizers.rtn import Rtn
+from tests.exporters.small_folder import language_job
 from tests.tiny_lm import tiny_language_model
 
 QUICK: dict[str, Any] = {"strings": 60, "generate": 4, "compare_float": False, "threads": 1}
@@ -48,23 +50,7 @@ def job(setup: Any, folder: Path, imatrix: bool = False, **grids: Any) -> Export
     keep = [] if hasattr(scheme.weight, "assign") or scheme.embedding is not None else ["lm_head", "model.embed_tokens"]
     prepared, _ = scheme.prepare(twin, keep)
     converted = scheme.convert(scheme.calibrate(prepared, calibration))
-    outputs, reference = TASK.predict(converted, batches, ""), TASK.predict(model, batches, "")
-    return ExportJob(
-        model=converted,
-        example_inputs={},
-        batches=batches,
-        training_logits=outputs,
-        metrics=lambda *_: {},
-        folder=folder,
-        max_length=128,
-        vocab_size=512,
-        float_model=model,
-        metadata={"recipe": "tiny", "qtrain": "0"},
-        task="language",
-        processor=tokenizer,
-        comparison=TASK.comparison(outputs, batches, reference),
-        importance=scheme.importance,
-    )
+    return dataclasses.replace(language_job(converted, model, tokenizer, batches, folder), float_model=model, importance=scheme.importance)
 
 
 def test_everything_that_belongs_to_an_artefact(setup: Any, tmp_path: Path) -> None:

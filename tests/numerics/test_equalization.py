@@ -15,8 +15,8 @@ from qtrain.evaluate import sqnr_db
 from qtrain.grids.affine import Affine
 from qtrain.layers import FakeConv, FakeLinear, fake_activations, fake_layers
 from qtrain.receipt import nmse
+from qtrain.scheme import Scheme
 from qtrain.smoothing import run
-from qtrain.targets import Scheme
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ SOURCES = sorted([*(ROOT / "qtrain").rglob("*.py"), *(ROOT / "exporters").rglob(
 COMMON = {"grids", "activations", "layers", "prepare", "graph", "targets", "registry", "lazy", "fit", "callbacks", "console", "pt2e"}
 ALLOWED = {
     "qtrain/grids": {"grids", "registry", "lazy", "gguf_names"},
-    "qtrain/quantizers": COMMON | {"gguf_names", "bnb", "torchao_tensors"},
+    "qtrain/quantizers": COMMON | {"quantizer", "scheme", "frozen", "gguf_names", "bnb", "torchao_tensors"},
     "qtrain/adapters": COMMON,
     "qtrain/models": COMMON
     | {"samples", "wheels", "pretrained", "streaming", "gguf_header", "gguf_source"}

@@ -17,7 +17,7 @@ from qtrain.layers import QuantizedLinear
 from qtrain.lora import attach, base_hash, merged_float
 from qtrain.memory import logical, stored_bytes
 from qtrain.quantizers.bnb import Bnb
-from tests.tiny_lm import tiny_language_model
+from tests.tiny_lm import learn_by_heart, tiny_language_model
 
 IDS = torch.arange(1, 81).reshape(2, 40)
 HEAD = ["lm_head", "model.embed_tokens"]
@@ -106,14 +106,7 @@ def test_peft_trains_beside_it_and_the_merge_is_of_the_decoded_base(float_model:
     layer = model.get_submodule("model.layers.0.mlp.up_proj")
     assert type(layer).__module__ == "peft.tuners.lora.bnb"  # peft's own layer for bitsandbytes
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = torch.nn.functional.cross_entropy(model(IDS).logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
+    losses = learn_by_heart(model, IDS)
     assert losses[-1] < losses[0] - 0.5 and adapter.trainable == sum(p.numel() for p in adapter.tensors().values())
     with torch.no_grad():
         apart, merged = model.eval()(IDS).logits, merged_float(model, float_model)(IDS).logits

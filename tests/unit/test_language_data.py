@@ -355,7 +355,7 @@ def test_a_token_that_the_model_has_no_row_for_is_named(tmp_path: Path, model: A
 
 def test_a_run_refuses_such_a_token_when_it_loads(tmp_path: Path) -> None:
     def run() -> None:
-        config = SimpleNamespace(model=CausalLm(str(folder)), data=corpus(tmp_path), seed=0, optimize=None)
+        config = SimpleNamespace(model=CausalLm(str(folder)), data=corpus(tmp_path), seed=0, optimize=None, baseline=True)
         load(config, Record(tmp_path, "none", 0, {}), tmp_path)
 
     folder = tiny_language_model(tmp_path / "lm")

@@ -19,8 +19,8 @@ from qtrain.grids.affine import Affine
 from qtrain.layers import fake_activations, fake_layers
 from qtrain.record import Record
 from qtrain.report import html
+from qtrain.scheme import Scheme
 from qtrain.sensitivity import Alone, analyze, first, keep_most_harmful, print_analysis
-from qtrain.targets import Scheme
 from tests.unit.test_report import run as example_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

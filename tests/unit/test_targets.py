@@ -6,7 +6,8 @@ from torch import nn
 
 from qtrain.grids.affine import Affine
 from qtrain.layers import FakeLayer
-from qtrain.targets import Scheme, select
+from qtrain.scheme import Scheme
+from qtrain.targets import select
 
 
 class Block(nn.Module):
@@ -110,9 +111,9 @@ def test_a_scheme_refuses_what_it_cannot_do() -> None:
 
 
 def test_observers_have_one_list_of_names() -> None:
-    from qtrain import observers, targets
+    from qtrain import observers, scheme
 
-    assert set(targets.OBSERVERS) == set(observers.OBSERVERS)
+    assert set(scheme.OBSERVERS) == set(observers.OBSERVERS)
 
 
 @pytest.mark.parametrize(

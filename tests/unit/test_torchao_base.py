@@ -14,7 +14,7 @@ from qtrain.layers import QuantizedLinear
 from qtrain.lora import attach, base_hash, merged_float
 from qtrain.memory import stored_bytes
 from qtrain.quantizers.torchao_base import Torchao
-from tests.tiny_lm import tiny_language_model
+from tests.tiny_lm import learn_by_heart, tiny_language_model
 
 IDS = torch.arange(1, 81).reshape(2, 40)
 HEAD = ["lm_head", "model.embed_tokens"]
@@ -53,14 +53,7 @@ def test_peft_trains_beside_it(float_model: Any, kind: str) -> None:
     attach(model, Lora(rank=4), "language", HEAD)
     assert type(model.get_submodule("model.layers.0.mlp.up_proj")).__name__ == "TorchaoLoraLinear"  # peft's own
     model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = torch.nn.functional.cross_entropy(model(IDS).logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
+    losses = learn_by_heart(model, IDS)
     assert losses[-1] < losses[0] - 0.5
     with torch.no_grad():
         torch.testing.assert_close(merged_float(model, float_model)(IDS).logits, model.eval()(IDS).logits, rtol=1e-3, atol=1e-3)
