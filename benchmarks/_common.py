@@ -69,7 +69,7 @@ def composed(overrides: Sequence[str]) -> Any:
 def text_options(parser: ArgumentParser, steps: int, learning_rate: float) -> None:
     """The options of benchmarks that train a language model."""
     for name in ("--model", "--test", "--train"):
-        parser.add_argument(name, required=True)
+        parser.add_argument(name, help="left out: the recipe's sample")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--overrides", nargs="*", default=[], help="further Hydra overrides of all runs")
@@ -77,4 +77,6 @@ def text_options(parser: ArgumentParser, steps: int, learning_rate: float) -> No
 
 def text_overrides(args: Any) -> list[str]:
     """Model, texts and further overrides of a command line with `text_options`."""
-    return [f"model.path={args.model}", f"data.test={args.test}", f"data.train={args.train}", "data.eval_tokens=null", *args.overrides]
+    given = {"model.path": args.model, "data.test": args.test, "data.train": args.train}
+    found = [f"{key}={value}" for key, value in given.items() if value is not None]
+    return [*found, *(["data.eval_tokens=null"] if args.test is not None else []), *args.overrides]

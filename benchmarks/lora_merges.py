@@ -44,8 +44,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     args = parser.parse_args()
     start()
-    common = [*text_overrides(args)]
-    common += ["adapter.fit.epochs=1000", f"adapter.fit.max_steps={args.steps}", f"adapter.fit.learning_rate={args.learning_rate}"]
+    common = [
+        *text_overrides(args),
+        "adapter.fit.epochs=1000",
+        f"adapter.fit.max_steps={args.steps}",
+        f"adapter.fit.learning_rate={args.learning_rate}",
+    ]
     common += [f"adapter.rank={args.rank}", f"adapter.alpha={2 * args.rank}", "export.gguf.strings=50"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

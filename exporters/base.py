@@ -58,6 +58,21 @@ class PackedLayer(Protocol):
 
 
 @dataclass
+class LowRank:
+    """An adapter that stays beside the model: y = W x + s * B (A x)."""
+
+    folder: Path
+    """As peft wrote it."""
+    layers: dict[str, tuple[Tensor, Tensor]]
+    """Layer -> A [r, I], B [O, r]."""
+    rank: int
+    scaling: float
+    """s."""
+    model: nn.Module
+    """The model with its adapter, as it was trained."""
+
+
+@dataclass
 class ExportJob:
     """What an exporter is given."""
 
@@ -92,6 +107,13 @@ class ExportJob:
     """Shows the user how far the export has come; set by `Exporter.export`."""
     importance: dict[str, Any] = field(default_factory=dict)
     """Module name -> importance of its input channels (`sum_of_squares` float32 [I], `tokens`), where calibration measured it."""
+    adapter: LowRank | None = None
+    """What stays beside `model`, where base and adapter are deployed as two things; outputs and metrics are then of both together."""
+
+    @property
+    def whole(self) -> nn.Module:
+        """What computes the outputs: the model, with its adapter where one stays beside it."""
+        return self.model if self.adapter is None else self.adapter.model
 
 
 @dataclass
@@ -105,6 +127,8 @@ class Artefact:
     float_path: Path | None = None
     """The float model's file, where one was written."""
     float_files: list[Path] = field(default_factory=list)
+    adapter_path: Path | None = None
+    """The adapter beside it."""
     fused: dict[str, int] = field(default_factory=dict)
     fallbacks: list[dict[str, str]] = field(default_factory=list)
 
@@ -239,6 +263,21 @@ class Exporter(ABC):
                 f"Set {'export=[gguf]' if task in ('language', 'embedding') else 'export=[onnx]'}, or export=[] for none"
             )
         self.refuse(model)
+
+    def refuse_adapter(self, variant: str, others: list[str]) -> None:
+        """Raise if this exporter cannot write an adapter beside its base.
+
+        Args:
+            variant: lora, rslora or dora.
+            others: options by which more than A and B is trained.
+
+        Raises:
+            ValueError: if so.
+        """
+        raise ValueError(
+            f"adapter.merge=apart keeps base and adapter two things, and export={self.registered_name} writes one model. Set "
+            "adapter.merge=float, or export=[] (the adapter's folder is written in any case); export=[gguf] and [transformers] write both"
+        )
 
     def refuse(self, model: nn.Module) -> None:
         """Check, before anything is written or trained, that ``model`` is converted and that the runtime can hold it.

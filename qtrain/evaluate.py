@@ -68,12 +68,9 @@ def layer_table(model: nn.Module, weights: dict[str, Tensor]) -> list[dict[str, 
     for name, layer in quantized_layers(model):
         q: QuantizedTensor = layer.quantized
         name = name.removesuffix(".base_layer")  # beside an adapter
-        row = {
-            "name": name,
-            "grid": q.grid.describe(),
-            "shape": list(q.shape),
-            "sqnr_db": _finite(sqnr_db(weights[f"{name}.weight"].to(q.codes.device), q.decode())),
-        }
+        row: dict[str, Any] = {"name": name, "grid": q.grid.describe(), "shape": list(q.shape)}
+        if f"{name}.weight" in weights:  # of a base that was read straight into its codes there is none
+            row["sqnr_db"] = _finite(sqnr_db(weights[f"{name}.weight"].to(q.codes.device), q.decode()))
         activation = getattr(layer, "activation_fake", None) or getattr(layer, "source", None)
         if activation is not None:
             row["activation_grid"] = activation.grid.describe()

@@ -61,6 +61,14 @@ class FrozenBase(Quantizer):
         self.swap(model, linear)
         return model, kept
 
+    def trial(self, model: nn.Module, keep_float: list[str], example: dict[str, Any] | None = None) -> nn.Module:
+        """See `Quantizer.trial`; layers of ours on the same grid stand for the library's."""
+        from qtrain.prepare import convert, one_row, prepare
+
+        linear, _ = self.chosen(model, keep_float)
+        prepare(model, linear, self.weight)
+        return convert(one_row(model))
+
     def convert(self, model: nn.Module) -> nn.Module:
         """Layers of ours with the codes of the library's, in place."""
         from qtrain.foreign import convert

@@ -326,6 +326,15 @@ def merged_float(model: nn.Module, float_model: nn.Module | None = None) -> nn.M
     return twin.requires_grad_(False).eval()
 
 
+def without(model: Any) -> nn.Module:
+    """The base alone; shares its tensors with ``model``."""
+    twin = copy_of(model)
+    for name, layer in lora_layers(twin).items():
+        replace(twin, name, layer.get_base_layer())
+    _unwrap(twin, trained=False)
+    return twin.eval()
+
+
 def frame(model: Any) -> nn.Module:
     """The modules of a base with its adapters, on the CPU, with Linear layers without storage where codes or adapters are."""
     from accelerate.hooks import remove_hook_from_module
@@ -357,10 +366,11 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, QuantizedLayer) or is_foreign(module)
 
 
-def _unwrap(model: nn.Module) -> None:
+def _unwrap(model: nn.Module, trained: bool = True) -> None:
+    """Take peft's marks off, and put modules that were trained whole, or, unless ``trained``, those that they were made of, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
-            replace(model, name, module.modules_to_save[NAME])
+            replace(model, name, module.modules_to_save[NAME] if trained else module.original_module)
     for attribute in ("peft_config", "_hf_peft_config_loaded", "peft_type", "base_sha256"):
         if attribute in vars(model):
             delattr(model, attribute)

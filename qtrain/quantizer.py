@@ -130,6 +130,13 @@ class Quantizer:
         """Layers that hold integer codes."""
         raise NotImplementedError
 
+    def trial(self, model: nn.Module, keep_float: list[str], example: dict[str, Any] | None = None) -> nn.Module:
+        """``model`` converted with one row of each weight, in place, to see in a moment what would fail; see `prepare`."""
+        from qtrain.prepare import one_row
+
+        prepared, _ = self.prepare(model, keep_float, example)
+        return self.convert(one_row(prepared))
+
     def callbacks(self) -> list[Any]:
         """Lightning callbacks for the stage that trains the prepared model."""
         return []

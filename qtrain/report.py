@@ -221,9 +221,9 @@ def _adapter(run: dict[str, Any]) -> str:
 def _layers(run: dict[str, Any]) -> str:
     body = []
     for layer in run["quantized"]:
-        db = layer["sqnr_db"]
+        db = layer.get("sqnr_db", 0.0)
         width, text = (90, "exact") if db is None else (1.5 * min(max(db, 0), 60), f"{db:.1f} dB")
-        bar = f"<span class='bar' style='width:{width:.0f}px'></span> {text}"
+        bar = f"<span class='bar' style='width:{width:.0f}px'></span> {text}" if "sqnr_db" in layer else "no float weight to compare with"
         cells = [
             escape(layer["name"]),
             escape(layer["grid"]),

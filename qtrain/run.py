@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import seed_everything
 
 from qtrain import sweep
+from qtrain.checkpoint import has_adapter
 from qtrain.config import Config
 from qtrain.console import console
 from qtrain.files import refuse_used
@@ -79,16 +80,17 @@ def pipeline(config: Config, record: Record, folder: Path) -> float:
             fit_stage(setup, "qat", model, scheme.fit, scheme.callbacks(), teacher=float_model)
             outputs = measure(setup, "qat", model, float_outputs)
     with record.stage("convert"):
-        if config.baseline or config.adapter.merging(scheme) != "apart":
+        if config.baseline or config.export or config.adapter.merging(scheme) != "apart":
             model, outputs = convert(setup, model, outputs, float_model)
             if not record.data["convert_equals_prepare"]["bit_exact"]:  # what is exact by construction has raised
                 outputs = measure(setup, "converted", model, float_outputs)
         else:
             record.note("the base stays in the layers that it was read into, with the adapter beside it: nothing was converted")
         record.data["validation"] = validate(setup, model, float_model)
+    base, adapter = tuning.apart(setup, model) if config.export and has_adapter(model) else (model, None)
     for name, exporter in config.export.items():
         with record.stage(f"export {name}"):
-            export(setup, exporter, model, float_model, outputs, float_outputs)
+            export(setup, exporter, base, float_model, outputs, float_outputs, adapter)
     return finish(record, folder, float(record.data["validation"][config.optimize or setup.task.metrics[0]]))
 
 

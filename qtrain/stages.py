@@ -12,7 +12,7 @@ from lightning.pytorch import seed_everything
 from torch import Tensor, nn
 
 import qtrain
-from exporters.base import ExportJob, ReceiptFailed, packed_layers
+from exporters.base import ExportJob, LowRank, ReceiptFailed, packed_layers
 from qtrain import straight
 from qtrain.checkpoint import load_weights, save_model, tidy
 from qtrain.evaluate import Batch, classification_metrics, compare_to_float, layer_table, sizes
@@ -22,7 +22,7 @@ from qtrain.layers import fake_layers
 from qtrain.malloc import release
 from qtrain.module import Module
 from qtrain.placement import moved
-from qtrain.prepare import copy_of, lost_by_dtype, one_row
+from qtrain.prepare import copy_of, lost_by_dtype
 from qtrain.record import Record
 from qtrain.sensitivity import analyze, keep_most_harmful, print_analysis
 from qtrain.streaming import RuntimeOnly, halved, rows, streamed
@@ -101,7 +101,7 @@ def preflight(setup: Setup, model: nn.Module) -> None:
     if config.adapter is not None:
         merging = config.adapter.merging(scheme)
         scheme = copy.deepcopy(config.adapter.deploy) if merging == "rounded" else scheme
-        if merging in ("apart", "float"):
+        if merging == "float" or (merging == "apart" and not config.export):
             _preflight_exports(setup, model)
             return
     example = setup.data.example_inputs(2)
@@ -109,8 +109,7 @@ def preflight(setup: Setup, model: nn.Module) -> None:
     if setup.task.name == "classification":
         trial = _classification_trial(scheme, model, always, example)
     else:  # rows are rounded one by one, so one of each weight shows what all would
-        trial, _ = scheme.prepare(copy_of(model), always, example)
-        trial = scheme.convert(one_row(trial))
+        trial = scheme.trial(copy_of(model), always, example)
     _preflight_exports(setup, trial)
 
 
@@ -244,8 +243,16 @@ def convert(setup: Setup, model: nn.Module, outputs: Any, float_model: nn.Module
     return model, converted
 
 
-def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module | None, outputs: Any, float_outputs: Any) -> None:
-    """Write one artefact and its receipt."""
+def export(
+    setup: Setup,
+    exporter: Any,
+    model: nn.Module,
+    float_model: nn.Module | None,
+    outputs: Any,
+    float_outputs: Any,
+    adapter: LowRank | None = None,
+) -> None:
+    """Write one artefact and its receipt; ``outputs`` are the model's, or, with an ``adapter`` beside it, those of both together."""
     config = setup.config
 
     def metrics(runtime: Tensor, labels: Tensor) -> dict[str, float]:
@@ -266,6 +273,7 @@ def export(setup: Setup, exporter: Any, model: nn.Module, float_model: nn.Module
         processor=setup.processor,
         comparison=setup.task.comparison(outputs, setup.batches, float_outputs),
         importance=setup.scheme.importance,
+        adapter=adapter,
     )
     _export(setup.record, exporter, job)
 

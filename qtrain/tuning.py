@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from exporters.base import LowRank
 from qtrain.console import console
 from qtrain.layers import fake_layers
 from qtrain.loftq import start_near
-from qtrain.lora import Adapter, attach, merged_float, merged_inside, targets
+from qtrain.lora import NAME, Adapter, attach, lora_layers, merged_float, merged_inside, targets, without
 from qtrain.memory import announce
 from qtrain.prepare import copy_of
 from qtrain.stages import Setup, fit_stage, measure, quantize
@@ -37,11 +38,12 @@ def check(setup: Setup, model: nn.Module) -> None:
     """
     config = setup.config
     merging = config.adapter.merging(config.quantizer)
-    if merging == "apart" and config.export:
-        raise ValueError(
-            f"adapter.merge=apart keeps base and adapter two things, and export=[{','.join(config.export)}] writes one model. "
-            "Set export=[] (the adapter's folder is written in any case), or adapter.merge=float"
-        )
+    if merging == "apart":
+        options = config.adapter
+        others = [f"adapter.bias={options.bias}"] if options.bias != "none" else []
+        others += [f"adapter.modules_to_save=[{','.join(options.modules_to_save)}]"] if options.modules_to_save else []
+        for exporter in config.export.values():
+            exporter.refuse_adapter(options.variant, others)
     if merging != "consistent" and config.quantizer.smoothquant is not None:
         raise ValueError(
             f"quantizer.smoothquant={config.quantizer.smoothquant} divides the inputs of layers, which an adapter's merge does not know. "
@@ -139,6 +141,13 @@ def _rounded(setup: Setup, merged: nn.Module, float_outputs: Any) -> tuple[nn.Mo
     setup.scheme = setup.config.adapter.deploy
     model = quantize(setup, merged)
     return model, measure(setup, STAGES["rounded"], model, float_outputs)
+
+
+def apart(setup: Setup, model: nn.Module) -> tuple[nn.Module, LowRank]:
+    """The base, and the adapter that stays beside it, for exporters."""
+    options = setup.config.adapter
+    layers = {name: (layer.lora_A[NAME].weight.detach(), layer.lora_B[NAME].weight.detach()) for name, layer in lora_layers(model).items()}
+    return without(model), LowRank(setup.folder / "adapter", layers, options.rank, options.scaling, model)
 
 
 def _about(setup: Setup, adapter: Adapter, merging: str) -> dict[str, Any]:

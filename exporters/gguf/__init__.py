@@ -4,6 +4,7 @@
 layer's codes and scales are packed into the blocks of its ggml type (`qtrain/grids/ggml`), everything without codes is written in
 `float_type`. The files of an artefact:
 
+    <name>-lora.gguf   an adapter that stays beside the model, for llama.cpp's --lora
     <name>.gguf        the model; of a split one <name>-00001-of-0000N.gguf …
     Modelfile          for `ollama create NAME -f Modelfile`: template, stop tokens and context, from the tokenizer's chat template
     imatrix.gguf       the importances that weighed the rounding, where they were measured, for llama-quantize's --imatrix
@@ -115,6 +116,7 @@ class Gguf(Exporter):
 
     def write(self, job: ExportJob, folder: Path) -> Artefact:
         """The model, its Modelfile, its importances, and the float model to compare with."""
+        from exporters.gguf import adapter
         from exporters.gguf.architectures import describe, metadata
         from exporters.gguf.contents import left_out
         from exporters.gguf.modelfile import modelfile, shortfalls
@@ -133,9 +135,14 @@ class Gguf(Exporter):
         artefact.fallbacks += [
             {"name": name, "why": "no file holds it: embeddings do not need it"} for name in left_out(job.model, pooling)
         ]
+        if job.adapter is not None:
+            artefact.adapter_path = folder / f"{stem}-lora.gguf"
+            adapter.write(artefact.adapter_path, job, {key: value for key, value, _ in about}["general.architecture"])
+            artefact.files.append(artefact.adapter_path)
         if job.task == "language":
+            beside = None if artefact.adapter_path is None else artefact.adapter_path.name
             context = self.num_ctx or min(job.max_length, 4096)
-            (folder / "Modelfile").write_text(modelfile(job.processor, files[0].name, context), encoding="utf-8")
+            (folder / "Modelfile").write_text(modelfile(job.processor, files[0].name, context, beside), encoding="utf-8")
             artefact.fallbacks += [{"name": "Modelfile", "why": why} for why in shortfalls(job.processor)]
         if job.importance:
             save(folder / "imatrix.gguf", job.model, job.importance)
@@ -145,6 +152,12 @@ class Gguf(Exporter):
             artefact.float_files = write(reference, about, entries(job.float_model, self.float_type, pooling), None, job.tell)
             artefact.float_path = artefact.float_files[0]
         return artefact
+
+    def refuse_adapter(self, variant: str, others: list[str]) -> None:
+        """See `Exporter.refuse_adapter`: llama.cpp reads A and B of LoRA."""
+        from exporters.gguf.adapter import refuse
+
+        refuse(variant, others)
 
     def packed(self, model: nn.Module) -> dict[str, Any]:
         """As every exporter's; a tied head is the embedding's tensor, and is checked as that."""

@@ -109,6 +109,13 @@ def entries(model: nn.Module, float_type: str = "f16", pooling: str | None = Non
     return _fused(list(found.values())) if arch.fused else list(found.values())
 
 
+def placed(model: nn.Module, parameter: str) -> tuple[str, Transform] | None:
+    """The GGUF name of a model's parameter, and what is done to its rows; None where no tensor of the file is that one alone."""
+    config, arch, _, known = _named(model, None)
+    name = None if arch.fused else known.get(parameter)
+    return None if name is None else (name, arch.transform(name, config.num_attention_heads, kv_heads(config)))
+
+
 def left_out(model: nn.Module, pooling: str | None = None) -> list[str]:
     """Parameters that the file does not hold: heads of encoders that embeddings do not need."""
     _, _, weights, known = _named(model, pooling)

@@ -144,6 +144,8 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
     "llama_batch_get_one": (Batch, [POINTER(c_int32), c_int32]),
     "llama_model_free": (None, [c_void_p]),
+    "llama_adapter_lora_init": (c_void_p, [c_void_p, c_char_p]),
+    "llama_set_adapters_lora": (c_int32, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]),
     "llama_free": (None, [c_void_p]),
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_memory_clear": (None, [c_void_p, c_bool]),

@@ -45,7 +45,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from ctypes import c_int8, c_int32
+from ctypes import c_float, c_int8, c_int32, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ class Llama(LlamaModel):
         pooling: of embeddings: none, mean, cls, last; null is what the file says.
         kv_type: of the KV cache: f16 (llama.cpp's default), f32, bf16, q8_0.
         flash_attention: null is llama.cpp's own choice.
+        adapter: a GGUF file with a LoRA to compute with beside the weights.
         vocab_only: load the tokenizer and the metadata alone; see also `LlamaModel` for this and the other ``options``.
 
     Raises:
@@ -95,6 +96,7 @@ class Llama(LlamaModel):
         kv_type: str = "f16",
         flash_attention: bool | None = None,
         vocab_only: bool = False,
+        adapter: str | Path | None = None,
         **options: Any,
     ) -> None:
         self._context: Any = None
@@ -107,6 +109,8 @@ class Llama(LlamaModel):
         if not vocab_only:
             try:
                 self._open(pooling, kv_type, flash_attention)
+                if adapter is not None:
+                    self._attach(Path(adapter))
             except BaseException:
                 self.close()
                 raise
@@ -218,6 +222,16 @@ class Llama(LlamaModel):
         has = {name: getattr(lib, f"llama_{name}")(self._context) for name in asked}
         if any(has[name] != value for name, value in asked.items() if name != "n_ctx") or has["n_ctx"] < self.context:
             raise LlamaError(f"{self.version} made a context with {has} where {asked} was asked; its structs are not as known here")
+
+    def _attach(self, path: Path) -> None:
+        """Compute with the LoRA of a GGUF file beside the weights; llama.cpp frees it with the model."""
+        lib = self._lib
+        adapter = lib.llama_adapter_lora_init(self._model, os.fsencode(path)) if path.is_file() else None
+        if not adapter:
+            raise LlamaError(f"llama.cpp cannot load the adapter {path} beside {self.path}:\n{lib.explain()}")
+        code = lib.llama_set_adapters_lora(self._context, (c_void_p * 1)(adapter), 1, (c_float * 1)(1.0))
+        if code != 0:
+            raise LlamaError(f"llama.cpp cannot compute with the adapter {path} (code {code}):\n{lib.explain()}")
 
     def _check_logits(self) -> None:
         if self.embeddings:

@@ -32,12 +32,13 @@ TODAYS_FORMAT = "%Y-%m-%d"
 """How Ollama writes it."""
 
 
-def modelfile(tokenizer: Any, gguf_name: str, num_ctx: int) -> str:
+def modelfile(tokenizer: Any, gguf_name: str, num_ctx: int, adapter: str | None = None) -> str:
     """The text of the Modelfile.
 
     Args:
         gguf_name: name of the file beside it; of a split model the first one.
         num_ctx: context, tokens.
+        adapter: name of a LoRA's file beside it.
 
     Raises:
         ValueError: for a context without tokens.
@@ -45,6 +46,7 @@ def modelfile(tokenizer: Any, gguf_name: str, num_ctx: int) -> str:
     if num_ctx < 1:
         raise ValueError(f"export.gguf.num_ctx is {num_ctx}; a context has at least 1 token. Set export.gguf.num_ctx=4096")
     lines = [f"# ollama create NAME -f Modelfile\nFROM ./{gguf_name}"]
+    lines += [f"ADAPTER ./{adapter}"] if adapter is not None else []
     found = turns(tokenizer)
     lines += [f"# {text}." for text in _shortfalls(tokenizer, found)]
     if found is None and not _has_template(tokenizer):

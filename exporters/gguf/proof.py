@@ -15,6 +15,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from exporters.base import Artefact, ExportJob, greedy
+from exporters.gguf import adapter
 from exporters.gguf.llama import Llama, probe
 from qtrain.receipt import Receipt
 
@@ -31,8 +32,11 @@ def prove(exporter: Gguf, job: ExportJob, artefact: Artefact, receipt: Receipt) 
     longest = max(map(len, job.comparison.sequences))
     embeds = job.task == "embedding"
     room = longest if embeds else max(longest, PROMPT + exporter.generate)
-    probe(artefact.path, embeddings=embeds)  # in a child process: llama.cpp aborts on some damaged files
-    with Llama(artefact.path, context=room, threads=exporter.threads, embeddings=embeds) as llama:
+    beside: dict[str, Any] = {} if artefact.adapter_path is None else {"adapter": str(artefact.adapter_path)}
+    probe(artefact.path, embeddings=embeds, **beside)  # in a child process: llama.cpp aborts on some damaged files
+    if artefact.adapter_path is not None:
+        receipt.add_check("adapter", adapter.compare(artefact.adapter_path, job))
+    with Llama(artefact.path, context=room, threads=exporter.threads, embeddings=embeds, **beside) as llama:
         compare_outputs(exporter, job, llama, receipt)
         alone = hasattr(job.comparison, "fresh")  # a streamed run: PyTorch never saw the model
         receipt.add_check("tokenization", tokenization(exporter, job.processor, llama, receipt))
@@ -40,9 +44,9 @@ def prove(exporter: Gguf, job: ExportJob, artefact: Artefact, receipt: Receipt) 
             receipt.checks["generation"] = generation(job, llama, exporter.generate)
     if alone and artefact.float_path is not None:
         with Llama(artefact.float_path, context=room, threads=exporter.threads) as llama:
-            beside = job.comparison.fresh()
-            feed(job, llama, beside)
-            job.comparison.float_metrics = beside.result()["runtime"]
+            alongside = job.comparison.fresh()
+            feed(job, llama, alongside)
+            job.comparison.float_metrics = alongside.result()["runtime"]
     if receipt.passed and not embeds:
         receipt.tokens_per_s = speed(exporter, artefact)
 
@@ -85,7 +89,7 @@ def tokenization(exporter: Gguf, tokenizer: Any, llama: Llama, receipt: Receipt)
 def generation(job: ExportJob, llama: Llama, count: int) -> str:
     """Generate greedily from the start of the evaluation text on both sides."""
     prompt = max(job.comparison.sequences, key=len)[:PROMPT]
-    ours, theirs = greedy(job.model, prompt, count), llama.greedy(prompt, count)
+    ours, theirs = greedy(job.whole, prompt, count), llama.greedy(prompt, count)
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     return f"passed: the first {same} of {max(len(ours), len(theirs))} greedy tokens are the same: {llama.detokenize(theirs[:same])!r}"
 
@@ -93,7 +97,10 @@ def generation(job: ExportJob, llama: Llama, count: int) -> str:
 def speed(exporter: Gguf, artefact: Artefact) -> dict[str, dict[str, float]]:
     """Tokens per second, medians of interleaved runs."""
     paths = {"quantized": artefact.path} | ({"float": artefact.float_path} if artefact.float_path is not None else {})
-    opened = {name: Llama(path, context=256, threads=exporter.threads) for name, path in paths.items()}
+    opened = {
+        name: Llama(path, context=256, threads=exporter.threads, adapter=artefact.adapter_path if name == "quantized" else None)
+        for name, path in paths.items()
+    }
     try:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in opened}
         for _ in range(SPEED_RUNS):

@@ -40,7 +40,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from exporters.base import (
     Artefact,
@@ -66,7 +66,7 @@ OPSETS = (21, 22, 23)
 README = """\
 # {name}
 
-`model.onnx` holds quantized weights. Load it in onnxruntime so that it computes what the receipt (`receipt.json`) was made with:
+`model.onnx` holds {what} weights. Load it in onnxruntime so that it computes what the receipt (`receipt.json`) was made with:
 
 ```python
 import onnxruntime
@@ -76,7 +76,7 @@ options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0") 
 session = onnxruntime.InferenceSession("model.onnx", options, providers=["CPUExecutionProvider"])
 ```
 
-Quantized weights are held by: {held}.{note} {profile}
+{held}{note} {profile}
 """
 HELD = {"QDQ": "QuantizeLinear and DequantizeLinear (int8)", "Unpack": "constants that are unpacked at load"}
 PROFILE_NOTES = {
@@ -92,6 +92,8 @@ DQ_NOTE = " Without that entry onnxruntime quantizes the activations of every la
 @dataclass
 class OnnxExport(Exporter):
     """An ONNX file for onnxruntime: int2 to int8 weights, float or int8 activations."""
+
+    floats: ClassVar[bool] = True
 
     opset: int = 21
     """ONNX operator set: 21 (IR version 10), 22 or 23."""
@@ -196,17 +198,20 @@ class OnnxExport(Exporter):
         artefact = Artefact(path, model.files, fused=model.fused)
         if model.fallback:
             artefact.fallbacks.append({"name": path.name, "why": model.fallback})
-        if self.float and job.float_model is not None:
+        if self.float and job.float_model is not None and layers:
             artefact.float_path = folder / "float.onnx"
             plain = write_model(job.float_model, artefact.float_path, example, settings, {}, job.metadata)
             artefact.float_files = plain.files
             if plain.fallback:
                 artefact.fallbacks.append({"name": "float.onnx", "why": plain.fallback})
-        held = sorted({HELD.get(layout.op, layout.op) for layout in layouts.values()})
+        ops = sorted({HELD.get(layout.op, layout.op) for layout in layouts.values()})
+        held = f"Quantized weights are held by: {', '.join(ops)}." if ops else "Nothing is quantized."
         note = DQ_NOTE if any(layout.op == "DequantizeLinear" for layout in layouts.values()) else ""
         name = job.metadata.get("recipe", "quantized model")
         about = PROFILE_NOTES[self.profile] if self.profile == "mobile" or quantizes_activations(job.model) else ""
-        (folder / "README.md").write_text(README.format(name=name, held=", ".join(held), note=note, profile=about).rstrip() + "\n")
+        (folder / "README.md").write_text(
+            README.format(name=name, what="quantized" if ops else "float32", held=held, note=note, profile=about).rstrip() + "\n"
+        )
         return artefact
 
     def packed(self, model: nn.Module) -> dict[str, Callable[[], Tensor]]:

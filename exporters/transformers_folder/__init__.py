@@ -22,11 +22,15 @@ the chat template, and what the model writes greedily. It computes in float32, f
 training to 1e-6; a folder in a 16-bit type is also tried in that. bitsandbytes' kernels for AVX512-BF16 round scales to bfloat16 at the
 first product; they are switched off there (`Linear4bit.support_avx512bf16_for_cpu`), as they are in training.
 
+An adapter that stays beside its base is in `adapter/`, as peft wrote it: `PeftModel.from_pretrained(model, "FOLDER/adapter")`; the receipt
+is then of both together, loaded by plain peft.
+
 What this cannot do: models with code of their own (trust_remote_code), `stream=true`.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +51,8 @@ else:
     torch = lazy_import("torch")
 
 DTYPES = ("float16", "bfloat16", "float32")
+ADAPTER = "adapter"
+"""Folder, inside the model's, of an adapter that stays beside it."""
 
 
 @register("export", "transformers")
@@ -139,8 +145,14 @@ class TransformersFolder(Exporter):
         about.write_about(folder, job.metadata, job.task, self.dtype, held)
         if job.task == "embedding":
             about.write_pooling(job.model, folder)
+        if job.adapter is not None:
+            shutil.copytree(job.adapter.folder, folder / ADAPTER)
         files = sorted(f for f in folder.rglob("*") if f.is_file())
-        return Artefact(folder, files, fallbacks=self._fallbacks(held))
+        beside = None if job.adapter is None else folder / ADAPTER
+        return Artefact(folder, files, fallbacks=self._fallbacks(held), adapter_path=beside)
+
+    def refuse_adapter(self, variant: str, others: list[str]) -> None:
+        """See `Exporter.refuse_adapter`: peft reads its own folder, whatever is in it."""
 
     def _packed(self, model: nn.Module) -> dict[str, Any]:
         """Layers that are written as codes, by name."""

@@ -42,6 +42,8 @@ def prove(exporter: TransformersFolder, job: ExportJob, artefact: Artefact, sess
     """Fill in ``receipt``; see the module."""
     receipt.add_check("loading", loading(job, session))
     receipt.add_check("float weights", float_weights(job, session, exporter.dtype))
+    if artefact.adapter_path is not None:
+        receipt.add_check("adapter", adapter(artefact, session))
     compute = str(next(p.dtype for p in [*job.model.parameters(), *job.model.buffers()] if p.is_floating_point())).removeprefix("torch.")
     session.value("compute", dtype=compute)
     switched = ", without bitsandbytes' AVX512-BF16 kernels" if "quantization_config" in session.about["config"] else ""
@@ -85,6 +87,16 @@ def float_weights(job: ExportJob, session: Session, dtype: str) -> str:
     return f"passed: {count} tensors are training's, in {dtype}"
 
 
+def adapter(artefact: Artefact, session: Session) -> str:
+    """Load the adapter beside the base with plain peft; from here on the session computes with both."""
+    found = session.value("adapter", folder=str(artefact.adapter_path))
+    if found["lost"]:
+        return (
+            f"failed: {len(found['lost'])} tensors of the adapter have no place in the base, or are missing, the first {found['lost'][0]}"
+        )
+    return f"passed: peft {found['version']} loads it beside the folder, {found['layers']} layers"
+
+
 def outputs(exporter: TransformersFolder, job: ExportJob, session: Session, receipt: Receipt) -> None:
     """Compare the logits, or embeddings, of every sequence with training's."""
     comparison = job.comparison
@@ -121,7 +133,7 @@ def tokenizer(ours: Any, session: Session) -> str:
 def generation(job: ExportJob, session: Session, count: int, noise: float) -> str:
     """Generate greedily from the start of the evaluation text on both sides."""
     prompt = max(job.comparison.sequences, key=len)[:PROMPT]
-    model: Any = job.model
+    model: Any = job.whole
     with quiet():  # of settings for sampling in the generation config
         ours = greedy(model, prompt, count)
     theirs = session.value("generate", ids=prompt, count=count)["ids"]

@@ -96,6 +96,16 @@ class Reader:
             value = importlib.import_module("bitsandbytes.functional").dequantize_4bit(value.data, state)
         yield from self.send(value)
 
+    def adapter(self, folder: str) -> Iterator[Answer]:
+        """Load an adapter with peft, and compute with it from now on: {"version", "layers", "lost"}."""
+        peft = importlib.import_module("peft")
+        self.model = peft.PeftModel.from_pretrained(self.model, folder)
+        self.model.eval()
+        held = set(peft.utils.save_and_load.load_peft_weights(folder, device="cpu"))
+        present = set(peft.get_peft_model_state_dict(self.model, save_embedding_layers=False))
+        layers = sum(isinstance(module, peft.tuners.lora.LoraLayer) for module in self.model.modules())
+        yield {"version": peft.__version__, "layers": layers, "lost": sorted(held ^ present)}, None
+
     def names(self) -> Iterator[Answer]:
         """{"names"} of all parameters and buffers that are saved."""
         yield {"names": list(self.model.state_dict())}, None

@@ -71,6 +71,27 @@ def test_base_and_adapter_kept_apart_are_both_left_behind(model: Path, tmp_path:
     assert len(converted["tree"]["__dict__"][0][1]["__dict__"]) > 100  # codes, scales and the adapter
 
 
+@pytest.mark.parametrize("target", ["gguf", "transformers"])
+def test_base_and_adapter_are_deployed_as_two_things(target: str, model: Path, tmp_path: Path) -> None:
+    options = [f"model.path={model}", *NO_EXPORT[:-1], *SHORT, f"export=[{target}]", "adapter.merge=apart", "quantizer@adapter.deploy=null"]
+    if target == "gguf":
+        options += ["quantizer=rtn", "grid@quantizer.weight=q4_0", "adapter.variant=rslora", "export.gguf.strings=20"]
+    result, _ = run("qlora_smollm2", tmp_path / "run", *options, "adapter.sample=null", "adapter.target_modules=[q_proj,k_proj,up_proj]")
+    (entry,) = result["exports"]
+    receipt, stages = entry["receipt"], result["stages"]
+    pair = receipt["metric"]["perplexity"]
+    assert receipt["passed"] and receipt["checks"]["adapter"].startswith("passed") and "6 layers" in receipt["checks"]["adapter"]
+    assert pair["training"] == pytest.approx(stages["adapter"]["perplexity"], rel=1e-4)
+    assert abs(pair["runtime"] / pair["training"] - 1) <= 0.005
+    assert abs(pair["runtime"] / stages["ptq"]["perplexity"] - 1) > 0.02, "the base alone would have passed: the test shows nothing"
+    files = {str(p.relative_to(entry["path"] if target != "gguf" else Path(entry["path"]).parent)) for p in Path(entry["path"]).rglob("*")}
+    if target == "gguf":
+        folder = Path(entry["path"]).parent
+        assert "ADAPTER ./qlora_smollm2-lora.gguf" in (folder / "Modelfile").read_text() and (folder / "qlora_smollm2-lora.gguf").is_file()
+    else:
+        assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "model.safetensors"} <= files
+
+
 def test_a_classifier_is_tuned_beside_nf4_and_deployed_in_int8(tiny_options: list[str], tmp_path: Path) -> None:
     options = [o for o in tiny_options if not o.startswith(("finetune", "quantizer"))]
     result, _ = run("lora_bert", tmp_path / "run", *options, "adapter.rank=8", "adapter.fit.epochs=12", "adapter.fit.learning_rate=5e-3")
@@ -78,6 +99,18 @@ def test_a_classifier_is_tuned_beside_nf4_and_deployed_in_int8(tiny_options: lis
     pair = entry["receipt"]["metric"]["accuracy"]
     assert pair["training"] > 0.8 > result["stages"]["float"]["accuracy"] and abs(pair["training"] - pair["runtime"]) < 0.01
     assert entry["receipt"]["tensors"] == entry["receipt"]["tensors_bit_exact"] > 10
+
+
+def test_a_classifier_is_merged_in_float_and_deployed_in_float(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [o for o in tiny_options if not o.startswith(("finetune", "quantizer"))]
+    options += ["adapter.rank=4", "adapter.fit.epochs=2", "adapter.merge=float", "quantizer@adapter.deploy=null"]
+    result, _ = run("lora_bert", tmp_path / "run", *options)
+    (entry,) = result["exports"]
+    pair = entry["receipt"]["metric"]["accuracy"]
+    assert entry["receipt"]["passed"] and entry["receipt"]["logits_nmse"] < 1e-9 and pair["training"] == pair["runtime"]
+    assert pair["training"] == result["stages"]["merged_float"]["accuracy"]
+    folder = tmp_path / "run" / "exports" / "onnx"
+    assert "float32 weights" in (folder / "README.md").read_text() and not (folder / "float.onnx").exists()
 
 
 def test_the_shape_for_one_gpu_is_checked_without_its_weights(tmp_path: Path) -> None:
@@ -136,7 +169,8 @@ def test_a_killed_run_goes_on_from_an_adapter_alone_to_the_same_numbers(model: P
     ("options", "message"),
     [
         (["adapter.target_modules=[query]"], "matches none of the 15 Linear layers"),
-        (["adapter.merge=apart"], "Set export=[]"),
+        (["adapter.merge=apart"], "GGUF holds ggml's types only, not nf4"),
+        (["adapter.merge=apart", "adapter.variant=dora"], "without adapter.variant=dora"),
         (["adapter.merge=consistent"], "Set quantizer=qat"),
         (["adapter.path=nowhere"], "no adapter_config.json"),
         (["optimizer=paged_adamw_8bit"], "CUDA"),
