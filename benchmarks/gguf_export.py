@@ -27,8 +27,8 @@ from benchmarks.gguf_perplexity import keys
 from exporters.gguf.write import entries, write
 from qtrain import registry
 from qtrain.models.causal_lm import CausalLm
+from qtrain.peak import peak_rss_bytes
 from qtrain.quantizers.rtn import Rtn
-from qtrain.record import peak_rss_bytes
 from qtrain.streaming import halved, streamed
 
 

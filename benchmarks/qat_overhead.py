@@ -24,9 +24,9 @@ from benchmarks._common import interleaved, machine, markdown, median_ratio
 from qtrain import registry
 from qtrain.grids.affine import Affine
 from qtrain.malloc import tune_malloc
+from qtrain.peak import peak_rss_bytes
 from qtrain.quantizers.qat import Qat
 from qtrain.quantizers.torchao_qat import TorchaoQat
-from qtrain.record import peak_rss_bytes
 
 BATCH, LENGTH = 32, 32
 

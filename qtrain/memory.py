@@ -7,7 +7,7 @@ activations that wait for the backward pass, after Korthikanti et al. 2022 (arXi
 
 twice that in 32 bits; with gradient checkpointing only its input, 2 * T * H bytes, plus all of one layer that is computed again. A head
 over the vocabulary adds its logits (at most `qtrain.language_task.KEPT`) four times; a base in codes, its largest weight decoded. The
-measured peak is in run.json (`peak_rss_bytes`) to compare with.
+measured peak is printed after training and in run.json (`memory.measured`), to compare with.
 """
 
 from __future__ import annotations
@@ -131,6 +131,20 @@ def announce(setup: Any, adapter: Any, base: int | None = None) -> None:
     )
     show(memory, adapter.trainable, total)
     setup.record.data["memory"] = {"expected": memory.rows()}
+
+
+def report(setup: Any, peak: dict[str, int]) -> None:
+    """Print what training needed, as `qtrain.peak.measured_peak` found it; the same goes into run.json beside the estimate."""
+    if not peak:
+        return
+    setup.record.data["memory"]["measured"] = peak
+    parts = []
+    if "rss_peak_bytes" in peak:
+        rise, whole = peak["rss_peak_bytes"] - peak["rss_before_bytes"], peak["rss_peak_bytes"]
+        parts.append(f"{rise / 1e6:,.0f} MB more than before it, {whole / 1e6:,.0f} MB in all, with Python, libraries and data")
+    if "cuda_peak_bytes" in peak:
+        parts.append(f"{peak['cuda_peak_bytes'] / 1e6:,.0f} MB on the GPU")
+    console.print(f"  training's peak: {'; '.join(parts)}", style="dim", highlight=False, soft_wrap=True)
 
 
 def logical(parameter: Any) -> int:

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from qtrain.checkpoint import versions
 from qtrain.console import console
 from qtrain.files import write_json
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident size of this process so far, bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+from qtrain.peak import peak_rss_bytes
 
 
 class Record:

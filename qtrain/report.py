@@ -204,13 +204,15 @@ def _adapter(run: dict[str, Any]) -> str:
     adapter = run.get("adapter")
     if not adapter:
         return ""
-    expected = run.get("memory", {}).get("expected", {})
+    expected, measured = (run.get("memory", {}).get(key, {}) for key in ("expected", "measured"))
     rows = [
         ["variant, rank, scaling", f"{adapter['variant']}, {adapter['rank']}, {adapter['scaling']:g}"],
         ["layers", str(adapter["layers"])],
         ["trainable parameters", f"{adapter['trainable_parameters']:,}"],
         ["deployed", adapter["merge"]],
         *([["expected memory of a step", f"{expected['total_bytes'] / 1e6:,.0f} MB"]] if expected else []),
+        *([["training's peak of the process", f"{measured['rss_peak_bytes'] / 1e6:,.0f} MB"]] if "rss_peak_bytes" in measured else []),
+        *([["training's peak on the GPU", f"{measured['cuda_peak_bytes'] / 1e6:,.0f} MB"]] if "cuda_peak_bytes" in measured else []),
         ["folder, in peft's format", adapter["path"]],
     ]
     sample = adapter.get("sample")

@@ -21,7 +21,8 @@ from qtrain.console import console
 from qtrain.layers import fake_layers
 from qtrain.loftq import start_near
 from qtrain.lora import NAME, Adapter, attach, lora_layers, merged_float, merged_inside, targets, without
-from qtrain.memory import announce
+from qtrain.memory import announce, report
+from qtrain.peak import measured_peak
 from qtrain.prepare import copy_of
 from qtrain.stages import Setup, fit_stage, measure, quantize
 from qtrain.tokens import render
@@ -97,7 +98,9 @@ def tune(setup: Setup, model: nn.Module, float_model: nn.Module | None, float_ou
     if setup.starts or options.path is not None:
         measure(setup, "adapter_start", base, float_outputs)
     before = greedy(setup, base, options)
-    fit_stage(setup, "adapter", base, options.fit, scheme.callbacks(), teacher=float_model)
+    with measured_peak() as peak:
+        fit_stage(setup, "adapter", base, options.fit, scheme.callbacks(), teacher=float_model)
+    report(setup, peak)
     outputs = measure(setup, "adapter", base, float_outputs)
     compare_samples(setup, before, greedy(setup, base, options))
     folder = setup.folder / "adapter"

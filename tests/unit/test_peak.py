@@ -1,0 +1,32 @@
+"""The peak of a part of a run, and of the whole."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from qtrain.peak import measured_peak, peak_rss_bytes
+
+MB = 1_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process forget its peak")
+def test_a_part_is_measured_by_itself_and_the_whole_is_not_forgotten() -> None:
+    large = np.ones(400 * MB, np.uint8)
+    whole = peak_rss_bytes()
+    del large
+    with measured_peak() as small:
+        part = np.ones(100 * MB, np.uint8)
+        del part
+    assert 90 * MB < small["rss_peak_bytes"] - small["rss_before_bytes"] < 200 * MB
+    assert small["rss_peak_bytes"] < whole - 100 * MB and peak_rss_bytes() >= whole
+
+
+def test_where_nothing_can_be_measured_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qtrain.peak._forget", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with measured_peak() as found:
+        pass
+    assert found == {} and peak_rss_bytes() > 0
