@@ -18,3 +18,13 @@ def moved(model: nn.Module, device: torch.device) -> nn.Module:
     """``model`` on ``device``, moved in place where it is elsewhere; one that is spread stays where it is."""
     elsewhere = any(t.device.type != device.type for t in [*model.parameters(), *model.buffers()])
     return model.to(device) if elsewhere and not is_spread(model) else model
+
+
+def gathered(model: nn.Module) -> nn.Module:
+    """``model`` on the CPU, in place; of one that was spread, nothing is left of that."""
+    from accelerate.hooks import remove_hook_from_module
+
+    if is_spread(model):
+        remove_hook_from_module(model, recurse=True)
+    model.__dict__.pop("hf_device_map", None)
+    return model.cpu()

@@ -21,8 +21,10 @@ from qtrain.console import console
 from qtrain.layers import fake_layers
 from qtrain.loftq import start_near
 from qtrain.lora import NAME, Adapter, attach, lora_layers, merged_float, merged_inside, targets, without
+from qtrain.malloc import release
 from qtrain.memory import announce, report
 from qtrain.peak import measured_peak
+from qtrain.placement import gathered
 from qtrain.prepare import copy_of
 from qtrain.stages import Setup, fit_stage, measure, quantize
 from qtrain.tokens import render
@@ -98,6 +100,7 @@ def tune(setup: Setup, model: nn.Module, float_model: nn.Module | None, float_ou
     if setup.starts or options.path is not None:
         measure(setup, "adapter_start", base, float_outputs)
     before = greedy(setup, base, options)
+    release()  # else what evaluation left would hide what training needs
     with measured_peak() as peak:
         fit_stage(setup, "adapter", base, options.fit, scheme.callbacks(), teacher=float_model)
     report(setup, peak)
@@ -147,8 +150,9 @@ def _rounded(setup: Setup, merged: nn.Module, float_outputs: Any) -> tuple[nn.Mo
 
 
 def apart(setup: Setup, model: nn.Module) -> tuple[nn.Module, LowRank]:
-    """The base, and the adapter that stays beside it, for exporters."""
+    """The base, and the adapter that stays beside it, for exporters; both on the CPU."""
     options = setup.config.adapter
+    model = gathered(model)
     layers = {name: (layer.lora_A[NAME].weight.detach(), layer.lora_B[NAME].weight.detach()) for name, layer in lora_layers(model).items()}
     return without(model), LowRank(setup.folder / "adapter", layers, options.rank, options.scaling, model)
 

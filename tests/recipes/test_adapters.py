@@ -113,6 +113,25 @@ def test_a_classifier_is_merged_in_float_and_deployed_in_float(tiny_options: lis
     assert "float32 weights" in (folder / "README.md").read_text() and not (folder / "float.onnx").exists()
 
 
+def chats(folder: Path) -> Path:
+    """99 short conversations."""
+    said = [(f"What is {i} and one?", f"{i + 1}, I think.") for i in range(99)]
+    rows = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in said]
+    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in rows))
+    return folder / "chats.jsonl"
+
+
+def test_the_shape_for_one_gpu_trains_on_a_small_model(model: Path, tmp_path: Path) -> None:
+    """bfloat16, NF4 without a float model, gradient checkpointing, the loss on what the assistant says; nothing deployed."""
+    options = [f"model.path={model}", f"data.train={chats(tmp_path)}", "data.context=128", "adapter.fit.max_steps=12", "adapter.rank=4"]
+    result, shown = run("qlora_llama", tmp_path / "run", *options, "trainer.accumulate_grad_batches=1", "adapter.fit.learning_rate=1e-2")
+    stages = result["stages"]
+    assert stages["adapter"]["perplexity"] < 0.9 * stages["ptq"]["perplexity"] and set(stages) == {"ptq", "adapter"}
+    assert "the loss is on what the assistant says" in shown and result["memory"]["measured"]["rss_peak_bytes"] > 0
+    assert result["config"]["adapter"]["fit"]["gradient_checkpointing"] and "fused AdamW of torch" in shown
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file() and not result["exports"]
+
+
 def test_the_shape_for_one_gpu_is_checked_without_its_weights(tmp_path: Path) -> None:
     """An 8B Llama's config, no weights: seconds, and a number near what such runs are known to need."""
     from transformers import LlamaConfig
@@ -131,10 +150,7 @@ def test_the_shape_for_one_gpu_is_checked_without_its_weights(tmp_path: Path) ->
     )
     config.save_pretrained(tmp_path / "llama")
     tiny_tokenizer().save_pretrained(tmp_path / "llama")
-    said = [(f"What is {i} and one?", f"{i + 1}, I think.") for i in range(99)]
-    rows = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in said]
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": m}) + "\n" for m in rows))
-    options = [f"model.path={tmp_path / 'llama'}", f"data.train={tmp_path / 'chats.jsonl'}", "data.context=128", "dry_run=true"]
+    options = [f"model.path={tmp_path / 'llama'}", f"data.train={chats(tmp_path)}", "data.context=128", "dry_run=true"]
     result, shown = run("qlora_llama", tmp_path / "run", *options)
     expected = result["memory"]["expected"]
     assert 5.5e9 < expected["base_bytes"] < 6.0e9  # 7.0 G weights at 4.13 bits, 1.05 G at 16

@@ -21,7 +21,7 @@ from qtrain.bnb import is_bnb
 from qtrain.lora import attach, base_hash, lora_layers, merged_float
 from qtrain.models.causal_lm import CausalLm
 from qtrain.module import Module
-from qtrain.placement import is_spread, moved
+from qtrain.placement import gathered, is_spread, moved
 from qtrain.quantizers.bnb import Bnb
 from qtrain.quantizers.rtn import Rtn
 from qtrain.record import Record
@@ -147,6 +147,7 @@ def test_a_model_that_is_spread_over_devices_stays_where_it_is() -> None:
     assert is_spread(model) and not moved(model, torch.device("meta"))[0].weight.is_meta
     module = Module(model, None, None)  # type: ignore[arg-type]
     assert not module.to("meta").model[0].weight.is_meta
+    assert not is_spread(gathered(model)) and not hasattr(model, "hf_device_map")
     model.hf_device_map = {"": "cpu"}
     assert module.to("meta").model[0].weight.is_meta
 
