@@ -24,7 +24,8 @@ from qtrain.console import console
 from qtrain.data.text import TextCorpus
 from qtrain.language_task import TASK
 from qtrain.loftq import start_near
-from qtrain.lora import attach, base_weight, lora_layers, merged_weight
+from qtrain.lora import attach
+from qtrain.merging import base_weight, lora_layers, merged_weight
 from qtrain.models.causal_lm import CausalLm
 from qtrain.quantizers.rtn import Rtn
 

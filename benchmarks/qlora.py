@@ -28,8 +28,8 @@ from qtrain.lora import attach
 from qtrain.memory import stored_bytes
 from qtrain.models.causal_lm import CausalLm
 from qtrain.module import Module
+from qtrain.peak import peak_rss_bytes
 from qtrain.quantizers.bnb import Bnb
-from qtrain.record import peak_rss_bytes
 
 
 def bare(folder: Path, rank: int) -> nn.Module:

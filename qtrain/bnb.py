@@ -8,6 +8,7 @@ absmax of each row, float32; as a grid that is int8 per channel with scale absma
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def settings(options: Any, skip: list[str] | None = None) -> Any:
     """transformers' `BitsAndBytesConfig` of `qtrain.quantizers.bnb.Bnb`.
 
     Args:
-        skip: names of modules that stay in float, where transformers itself swaps them.
+        skip: patterns of modules that stay in float, where transformers itself swaps them.
 
     Raises:
         ValueError: if bitsandbytes is not installed.
@@ -53,6 +54,11 @@ def settings(options: Any, skip: list[str] | None = None) -> Any:
     )
 
 
+def exactly(name: str) -> str:
+    """The pattern by which transformers leaves out this module and no other; a plain name would also be the end of longer ones."""
+    return f"^{re.escape(name)}$"
+
+
 def compute_dtype(name: str) -> torch.dtype:
     """The type of products: `auto` is bfloat16 where CUDA has it, else float32."""
     if name != "auto":
@@ -63,7 +69,7 @@ def compute_dtype(name: str) -> torch.dtype:
 
 @torch.no_grad()
 def swap(model: nn.Module, linear: dict[str, Any], options: Any) -> list[str]:
-    """Put bitsandbytes' layers in place of ``linear``, quantized on the GPU where there is one.
+    """Put bitsandbytes' layers in place of ``linear``, quantized where the weights are.
 
     Returns:
         Names of layers that bitsandbytes would decode wrongly here, in whose place are ours with the same codes: on CPUs with AVX-512,
@@ -76,8 +82,7 @@ def swap(model: nn.Module, linear: dict[str, Any], options: Any) -> list[str]:
 
     config = settings(options)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # that int8 casts its inputs to float16, at every product
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    others = [name for name, module in model.named_modules() if type(module) is nn.Linear and name not in linear]
+    others = [exactly(name) for name, module in model.named_modules() if type(module) is nn.Linear and name not in linear]
     replace_with_bnb_linear(model, modules_to_not_convert=others, quantization_config=config)
     wrong = []
     for name, module in progress(linear.items(), f"quantizing to {options.type}"):
@@ -85,7 +90,8 @@ def swap(model: nn.Module, linear: dict[str, Any], options: Any) -> list[str]:
         layer: Any = model.get_submodule(name)
         empty = {key: value for key, value in vars(layer.weight).items() if key not in ("SCB", "CB")}
         kind = type(layer.weight)
-        weight = module.weight.detach().to(device if options.type != "int8" else "cpu")
+        device = module.weight.device
+        weight = module.weight.detach().to("cpu" if options.type == "int8" else device)  # int8 is rounded on the way to a device
         layer.weight = kind(weight.contiguous(), requires_grad=False, **empty).to(device)
         layer.bias = module.bias
         layer.train(module.training)

@@ -132,11 +132,16 @@ def save_model(folder: Path, model: nn.Module, whole: bool = False, **extra: Any
 
 
 def moving_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
-    """What a checkpoint of ``model`` holds: everything, or, beside a frozen base (`qtrain/lora.py`), what is trained."""
+    """What a checkpoint of ``model`` holds: everything, or, beside a frozen base (`qtrain/lora.py`), what training changes.
+
+    That is what requires a gradient, and buffers that follow the data: ranges of activations, statistics of batch-norms.
+    """
     state = dict(model.state_dict())
     if has_adapter(model):
-        trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-        state = {name: value for name, value in state.items() if name in trained}
+        codes = tuple(f"{name}." for name, _ in quantized_layers(model))
+        moving = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        moving |= {name for name, _ in model.named_buffers(remove_duplicate=False) if not name.startswith(codes or ("\0",))}
+        state = {name: value for name, value in state.items() if name in moving}
     return {prefix + name: value for name, value in state.items()}
 
 
@@ -151,13 +156,21 @@ def _grids(model: nn.Module) -> dict[str, dict[str, Any]]:
     return fake | {name: layer.grid.spec() for name, layer in quantized_layers(model)}
 
 
-def load_weights(folder: Path, model: nn.Module) -> dict[str, Any]:
+def load_weights(folder: Path, model: nn.Module, base_sha256: str | None = None) -> dict[str, Any]:
     """Load what `save_model` saved into a model of the same shape; returns the rest of the checkpoint.
 
+    Args:
+        base_sha256: hash of the base that an adapter's checkpoint has to be of.
+
     Raises:
-        ValueError: if the folder is damaged, does not fit the model, or holds other grids than the model's.
+        ValueError: if the folder is damaged, does not fit the model, or holds other grids or an adapter of another base.
     """
     tree = load(folder)
+    if base_sha256 is not None and tree.get("base_sha256") != base_sha256:
+        raise ValueError(
+            f"checkpoint {folder} holds an adapter of another base (sha256 {str(tree.get('base_sha256'))[:12]}…) than this one "
+            f"({base_sha256[:12]}…). Start a new run, or put model.path and quantizer back as they were"
+        )
     stored = {name: from_spec(spec).spec() for name, spec in tree["grids"].items()}
     present = _grids(model)
     if stored != present:

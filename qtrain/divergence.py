@@ -80,7 +80,7 @@ class StopAtNonFinite(Callback):
 def finite_weights(module: torch.nn.Module) -> bool:
     """Whether every trained weight is neither NaN nor infinite."""
     trained = [p.detach() for p in module.parameters() if p.requires_grad]
-    return not trained or bool(torch.stack([torch.isfinite(p).all() for p in trained]).all())
+    return not trained or bool(torch.stack([torch.isfinite(p).all().cpu() for p in trained]).all())
 
 
 def _first(named: Iterable[tuple[str, torch.Tensor | None]]) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 from qtrain.lora import attach
 from qtrain.memory import announce
 from qtrain.record import Record
-from qtrain.stages import Setup
+from qtrain.stages import Setup, always_float, device_of, preflight
 from qtrain.tasks import task
 
 SAMPLE = 1 << 20
@@ -34,8 +34,9 @@ def run(config: Any, record: Record, folder: Path) -> None:
             f"dry_run=true says what training an adapter beside a language model needs, given model={config.model.registered_name} and "
             f"adapter={getattr(config.adapter, 'registered_name', 'null')}. Set model=causal_lm adapter=lora, or dry_run=false"
         )
-    from qtrain.tuning import check
+    from qtrain import direct, fit, tuning
 
+    direct.check(config)
     with record.stage("data"):
         processor = config.model.processor()
         data = config.data.build(processor, config.seed)
@@ -44,22 +45,32 @@ def run(config: Any, record: Record, folder: Path) -> None:
     with record.stage("model without weights"):
         model: Any = config.model.empty()
         judged = task("language")
-        setup = Setup(config, record, folder, data, torch.device("meta"), [], judged, processor, config.quantizer)
-        check(setup, model)
-        base = base_bytes(model, config.quantizer.weight_grids(model, config.model.always_float(model)))
-        adapter = attach(model, config.adapter, judged.name, config.model.always_float(model))
+        device = device_of(config)
+        fit.check(config, model, device)
+        setup = Setup(config, record, folder, data, device, [], judged, processor, config.quantizer)
+        tuning.check(setup, model)
+        preflight(setup, model)
+        always = always_float(config, model)
+        base = base_bytes(model, {} if config.quantizer.trains else config.quantizer.weight_grids(model, always), config.quantizer.loads)
+        adapter = attach(model, config.adapter, judged.name, always)
         announce(setup, adapter, base)
 
 
-def base_bytes(model: nn.Module, grids: dict[str, Any]) -> int:
-    """Bytes of a model whose modules ``grids`` names are on their grids, the others as they are."""
+def base_bytes(model: nn.Module, grids: dict[str, Any], packed: bool) -> int:
+    """Bytes of a model whose modules ``grids`` names are on their grids, the others as they are.
+
+    Args:
+        packed: whether codes of 4 bits share a byte in memory, as bitsandbytes' do; else each has one.
+    """
     weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in grids}
     on_grid = {id(p): (p, grids[name]) for name, p in weights.items()}
     rest = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in on_grid)
-    return rest + sum(round(p.numel() * bits(grid, p.shape[-1]) / 8) for p, grid in on_grid.values())
+    return rest + sum(round(p.numel() * bits(grid, p.shape[-1], packed) / 8) for p, grid in on_grid.values())
 
 
-def bits(grid: Any, width: int) -> float:
-    """Bits per weight of rows of ``width`` values, scales included."""
+def bits(grid: Any, width: int, packed: bool) -> float:
+    """Bits per weight of rows of ``width`` values in memory, scales included."""
     sample = torch.linspace(-1, 1, width * max(1, SAMPLE // width)).reshape(-1, width)
-    return float(8 * grid.encode(sample).nbytes() / sample.numel())
+    q = grid.encode(sample)
+    held = q.nbytes() if packed else sum(t.numel() * t.element_size() for t in [q.codes, *q.params.values()])
+    return float(8 * held / sample.numel())

@@ -47,6 +47,8 @@ class Head:
 
     def __init__(self, model: Any) -> None:
         self.module: Any = model.get_output_embeddings()
+        self.tensors: list[Tensor] = []
+        """What it computes with, where that is not the module's own."""
         self.vocabulary = next(t.shape[0] for t in [*self.module.parameters(), *self.module.buffers()] if t.ndim == 2)
         config = model.config.get_text_config()
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
@@ -70,8 +72,13 @@ class Head:
                 x = module.activation_fake(x)
             return F.linear(x, weight.to(x.dtype), bias)
 
-        twin.module = linear
+        twin.module, twin.tensors = linear, [weight]
         return twin
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is now: a model may move after its outputs were made."""
+        return next(t.device for t in self.tensors or [*self.module.parameters(), *self.module.buffers()])
 
     def __call__(self, states_SH: Tensor) -> Tensor:
         """Logits, float32 [S, V]."""
@@ -103,15 +110,14 @@ class LanguageOutputs:
     targets_S: Tensor
     """The tokens that follow, int64."""
     head: Head
-    device: torch.device
 
     def __len__(self) -> int:
         return len(self.targets_S)
 
     @torch.inference_mode()
     def logits(self, rows: slice) -> Tensor:
-        """Logits of some positions, float32 [S, V], on the model's device."""
-        return self.head(self.states_SH[rows].to(self.device))
+        """Logits of some positions, float32 [S, V], where the head is now."""
+        return self.head(self.states_SH[rows].to(self.head.device))
 
     def chunks(self) -> list[slice]:
         """Slices of rows whose logits fit into `CHUNK` values."""
@@ -298,15 +304,16 @@ class Language(Task):
             some, following = scored(hidden(model, {n: v.to(device) for n, v in inputs.items()}), labels.to(device))
             states.append(some.cpu())
             targets.append(following.cpu())
-        return LanguageOutputs(torch.cat(states), torch.cat(targets), Head(model).fixed(), device)
+        return LanguageOutputs(torch.cat(states), torch.cat(targets), Head(model).fixed())
 
     def measure(self, outputs: LanguageOutputs, batches: list[Batch], reference: LanguageOutputs | None = None) -> dict[str, float]:
         """Perplexity and loss; agreement and KL to the float model."""
         score = Score()
         with torch.inference_mode():
             for rows in progress(outputs.chunks(), "scoring" if len(outputs) > 2000 else ""):
-                float_logits = None if reference is None else reference.logits(rows).to(outputs.device)
-                score.add(outputs.logits(rows), outputs.targets_S[rows], float_logits)
+                logits = outputs.logits(rows)
+                float_logits = None if reference is None else reference.logits(rows).to(logits.device)
+                score.add(logits, outputs.targets_S[rows], float_logits)
         return score.metrics()
 
     def difference(self, before: LanguageOutputs, after: LanguageOutputs) -> dict[str, Any]:

@@ -471,7 +471,8 @@ class QuantizedLinear(QuantizedProduct):
 
     def product(self, x: Tensor) -> Tensor:
         """x [..., I], as it is, times the decoded weight."""
-        return F.linear(x, self.quantized.decode().to(x.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(x.dtype)  # bitsandbytes leaves one in the type of its products
+        return F.linear(x, self.quantized.decode().to(x.dtype), bias)
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -74,7 +74,12 @@ def start_near(model: nn.Module, grids: dict[str, Any], rank: int, scaling: floa
     found = {}
     for name, grid in progress(grids.items(), "LoftQ"):
         weight: Any = model.get_submodule(name).weight
-        target, (a, b) = alternate(weight.detach(), lambda w, g=grid: g.encode(w).decode(), rank, rounds)
+
+        def rounded(w: Tensor, grid: Any = grid, dtype: torch.dtype = weight.dtype) -> Tensor:
+            values: Tensor = grid.encode(w.to(dtype).float()).decode()  # the base is made of what the weight's type keeps
+            return values
+
+        target, (a, b) = alternate(weight.detach(), rounded, rank, rounds)
         weight.copy_(target)
         found[name] = (a / math.sqrt(scaling), b / math.sqrt(scaling))
     return found

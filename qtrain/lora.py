@@ -1,4 +1,4 @@
-"""LoRA layers of peft inside a model of ours: put them in, compute the weight they stand for, take them out again.
+"""LoRA layers of peft in a model of ours: where they go, what a folder of theirs has to fit, and their layers beside codes and inside them.
 
 peft's layers are put around the layers of the base, in place; the model keeps its class and its names, so that losses, metrics and
 exporters see the model that they know. Three bases:
@@ -6,9 +6,6 @@ exporters see the model that they know. Three bases:
     float or bitsandbytes   peft's own layers
     `QuantizedLinear`       codes on any grid; peft's layer around it, the gradient passes through the decoded weight (`LoraOnCodes`)
     `FakeLinear`            training on the grid: the adapter is part of the weight that is rounded, y = Q(W + s * B A) x (`LoraInside`)
-
-`merged_weight` is W + s * B A in the order of operations of peft's own `merge(safe_merge=True)`, so that plain peft, given the float base
-and the folder `adapter/`, comes to the same bits. It is never computed under autocast: the deployed weight is made in float32.
 
 Shapes: W [O, I], A [r, I], B [O, r], DoRA's magnitude m [O].
 """
@@ -27,18 +24,15 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import layer as peft_layer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from qtrain.bnb import is_int8, unmark
+from qtrain.bnb import is_int8
 from qtrain.checkpoint import staged
 from qtrain.files import write_json
-from qtrain.foreign import codes_of, is_foreign, parts
-from qtrain.layers import FakeLinear, QuantizedLayer, QuantizedLinear
-from qtrain.prepare import copy_of, replace
+from qtrain.foreign import parts
+from qtrain.layers import FakeLinear, QuantizedLinear
+from qtrain.merging import NAME, base_weight, lora_layers, merged_weight
 
-NAME = "default"
-"""peft's name of the one adapter."""
 ABOUT = "qtrain.json"
 """Beside peft's files: which base the adapter was trained on."""
 TASKS = {"language": "CAUSAL_LM", "classification": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}
@@ -64,18 +58,6 @@ class LoraInside(peft_layer.Linear):
         """x [..., I] -> [..., O]."""
         y: Tensor = self.base_layer(x)
         return y
-
-
-def merged_weight(layer: Any, w_OI: Tensor) -> Tensor:
-    """The weight that a peft layer stands for, of the base's float weight: W + s * B A, scaled to the magnitudes of DoRA."""
-    with torch.autocast(w_OI.device.type, enabled=False):
-        delta_OI = layer.get_delta_weight(NAME)
-        variant = layer.lora_variant.get(NAME)
-        if variant is None:
-            return w_OI + delta_OI.to(w_OI.dtype)
-        magnitude = layer.lora_magnitude_vector[NAME]
-        norm_O = magnitude.get_weight_norm(w_OI, delta_OI, scaling=1).detach()  # constant in the gradient: the paper's section 4.3
-        return ((magnitude.weight / norm_O).view(-1, 1) * (w_OI + delta_OI)).to(w_OI.dtype)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -174,7 +156,7 @@ class Adapter:
             write_json(temporary / ABOUT, {"base_sha256": self.base_sha256, **about})
 
     def load(self, folder: Path) -> None:
-        """Put the weights of an adapter's folder into this adapter.
+        """Put the weights of an adapter's folder into this adapter; `require_same` has compared their options.
 
         Raises:
             ValueError: if it was trained on another base, is damaged or has other shapes.
@@ -203,6 +185,10 @@ class Adapter:
         with torch.no_grad():
             layer.lora_A[NAME].weight.copy_(a_rI)
             layer.lora_B[NAME].weight.copy_(b_Or)
+            if NAME in layer.lora_magnitude_vector:  # peft has taken the norms of the base alone
+                magnitude = layer.lora_magnitude_vector[NAME]
+                w_OI = base_weight(layer.get_base_layer()).float()
+                magnitude.weight.copy_(magnitude.get_weight_norm(w_OI, layer.get_delta_weight(NAME), scaling=1))
 
 
 def require_base(folder: Path, base_sha256: str) -> None:
@@ -214,12 +200,62 @@ def require_base(folder: Path, base_sha256: str) -> None:
     about = Path(folder) / ABOUT
     if not about.is_file():
         return
-    was = json.loads(about.read_text()).get("base_sha256")
+    held = json.loads(about.read_text())
+    was = held.get("base_sha256")
+    if was != base_sha256 and held.get("init") == "loftq":
+        raise ValueError(
+            f"the adapter in {folder} belongs to a base that LoftQ chose together with it (adapter.init=loftq), and not to what rounding "
+            "the model gives. Continue its own run with resume=RUN_DIR, or start a new adapter: adapter.path=null"
+        )
     if was != base_sha256:
         raise ValueError(
             f"the adapter in {folder} was trained on another base (sha256 {str(was)[:12]}…) than this one ({base_sha256[:12]}…): other "
             "weights, or quantized in another way. Set model.path and quantizer as in the run that trained it, or adapter.path=null"
         )
+
+
+def require_fits(model: nn.Module, options: Any) -> None:
+    """Refuse modules to train whole that the model does not have.
+
+    Raises:
+        ValueError: naming them.
+    """
+    missing = [m for m in options.modules_to_save if not any(n == m or n.endswith(f".{m}") for n, _ in model.named_modules())]
+    if missing:
+        raise ValueError(
+            f"adapter.modules_to_save has {missing[0]!r}, which is no module of {type(model).__name__}. Set adapter.modules_to_save=[]"
+        )
+
+
+def require_norms(options: Any, device: torch.device) -> None:
+    """Refuse DoRA beside LLM.int8() where peft cannot read the norms of its weights.
+
+    Raises:
+        ValueError: on a CPU.
+    """
+    if options.variant == "dora" and device.type != "cuda":
+        raise ValueError(
+            "adapter.variant=dora beside quantizer.type=int8 needs CUDA: on a CPU peft 0.21 drops the scales of LLM.int8() weights when it "
+            "reads their norms. Set adapter.variant=lora, or quantizer.type=nf4"
+        )
+
+
+def require_same(folder: Path, options: Any) -> None:
+    """Refuse an adapter folder that was made with other options than this run's: another scale would be another model.
+
+    Raises:
+        ValueError: naming the options to set.
+    """
+    held = json.loads((folder / "adapter_config.json").read_text())
+    variant = "dora" if held.get("use_dora") else "rslora" if held.get("use_rslora") else "lora"
+    was = {"rank": held["r"], "alpha": held["lora_alpha"], "variant": variant, "bias": held.get("bias", "none")}
+    was["modules_to_save"] = sorted(held.get("modules_to_save") or [])
+    now = {key: getattr(options, key) for key in was} | {"modules_to_save": sorted(options.modules_to_save)}
+    wrong = {key: value for key, value in was.items() if value != now[key]}
+    if wrong:
+        given = ", ".join(f"adapter.{key}={now[key]}" for key in wrong)
+        valid = " ".join(f"adapter.{key}={value}".replace(" ", "").replace("'", "") for key, value in wrong.items())
+        raise ValueError(f"the adapter in {folder} was trained with other options than this run's {given}. Set {valid}")
 
 
 def attach(model: nn.Module, options: Any, task: str, without: list[str]) -> Adapter:
@@ -232,16 +268,15 @@ def attach(model: nn.Module, options: Any, task: str, without: list[str]) -> Ada
     Raises:
         ValueError: if the target modules do not exist.
     """
-    names = targets(model, options.target_modules, [*without, *options.modules_to_save])
-    if options.variant == "dora" and not torch.cuda.is_available() and any(is_int8(m) for m in model.modules()):
+    names = targets(model, options.target_modules, without)
+    require_fits(model, options)
+    if any(is_int8(m) for m in model.modules()):
+        require_norms(options, next(model.parameters()).device)
+    held = [n for n, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.bias is not None and n in names]
+    if options.bias != "none" and held:
         raise ValueError(
-            "adapter.variant=dora beside quantizer.type=int8 needs CUDA: on a CPU peft 0.21 drops the scales of LLM.int8() weights when it "
-            "reads their norms. Set adapter.variant=lora, or quantizer.type=nf4"
-        )
-    missing = [m for m in options.modules_to_save if not any(n == m or n.endswith(f".{m}") for n, _ in model.named_modules())]
-    if missing:
-        raise ValueError(
-            f"adapter.modules_to_save has {missing[0]!r}, which is no module of {type(model).__name__}. Set adapter.modules_to_save=[]"
+            f"adapter.bias={options.bias} trains biases, and that of {held[0]} is held with its codes (quantizer=rtn, or a layer in whose "
+            "place bitsandbytes' would compute wrongly). Set adapter.bias=none, or quantizer=torchao"
         )
     digest = "" if any(p.is_meta for p in model.parameters()) else base_hash(model)
     config = LoraConfig(
@@ -253,124 +288,15 @@ def attach(model: nn.Module, options: Any, task: str, without: list[str]) -> Ada
         use_dora=options.variant == "dora",
         target_modules=short_names(names, model),
         modules_to_save=list(options.modules_to_save) or None,
-        task_type=TASKS[task],
-    )
+    )  # without a task_type, by which peft would also train whatever is called classifier or score
     config._register_custom_module({FakeLinear: LoraInside, QuantizedLinear: LoraOnCodes})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that LoraOnCodes' base is no nn.Linear
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
+    config.task_type = TASKS[task]  # for those who load the folder
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name and "modules_to_save" not in name:
+            parameter.data = parameter.data.clone()  # a bias that is trained; its values were the float model's too
     target: Any = model
     target.base_sha256 = digest
     return Adapter(wrapped, model)
-
-
-def lora_layers(model: nn.Module) -> dict[str, Any]:
-    """Name -> peft's layer."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, peft_layer.LoraLayer)}
-
-
-def base_weight(layer: nn.Module) -> Tensor:
-    """The float weight [O, I] that a base layer computes with, decoded where it is quantized."""
-    if isinstance(layer, QuantizedLayer):
-        return layer.quantized.decode()
-    if is_foreign(layer):
-        return codes_of(layer).decode()
-    weight: Any = layer.weight
-    return weight.detach()  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def merged_inside(model: nn.Module) -> nn.Module:
-    """A fake-quantized model with its adapters merged (`LoraInside`); it shares all other tensors with ``model``."""
-    twin = copy_of(model)
-    for name, layer in lora_layers(twin).items():
-        base = layer.get_base_layer()
-        base.weight, base.inside = nn.Parameter(merged_weight(layer, base.weight), requires_grad=False), None
-        replace(twin, name, base)
-    _unwrap(twin)
-    return twin.requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def merged_float(model: nn.Module, float_model: nn.Module | None = None) -> nn.Module:
-    """A float model of the decoded base with its adapters merged.
-
-    Args:
-        model: the base with its adapters.
-        float_model: what the base was made of; gives the classes of its modules, and shares what was not quantized. None where there is
-            none (`qtrain/straight.py`): the merged model is then on the CPU, and shares nothing.
-    """
-    twin = copy_of(float_model) if float_model is not None else frame(model)
-    decoded: dict[int, nn.Parameter] = {}  # tied weights stay one
-    for name, module in list(model.named_modules()):
-        if isinstance(module, peft_layer.LoraLayer):
-            base: Any = module.get_base_layer()
-            weight = nn.Parameter(merged_weight(module, base_weight(base)), requires_grad=False)
-        elif isinstance(module, ModulesToSaveWrapper):
-            replace(twin, name, module.modules_to_save[NAME])
-            continue
-        elif is_quantized(module) and not name.endswith(".base_layer"):
-            base = module
-            key = id(module.codes if isinstance(module, QuantizedLayer) else module.weight)
-            if key not in decoded:
-                decoded[key] = nn.Parameter(base_weight(module), requires_grad=False)
-            weight = decoded[key]
-        else:
-            continue
-        target: Any = twin.get_submodule(name)
-        place: Any = {"dtype": target.weight.dtype} | ({"device": "cpu"} if float_model is None else {})
-        fits = weight.to(**place) is weight
-        target.weight = weight if fits else nn.Parameter(weight.to(**place), requires_grad=False)
-        if getattr(base, "bias", None) is not None:
-            target.bias = nn.Parameter(base.bias.detach().to(**place), requires_grad=False)
-    return twin.requires_grad_(False).eval()
-
-
-def without(model: Any) -> nn.Module:
-    """The base alone; shares its tensors with ``model``."""
-    twin = copy_of(model)
-    for name, layer in lora_layers(twin).items():
-        replace(twin, name, layer.get_base_layer())
-    _unwrap(twin, trained=False)
-    return twin.eval()
-
-
-def frame(model: Any) -> nn.Module:
-    """The modules of a base with its adapters, on the CPU, with Linear layers without storage where codes or adapters are."""
-    from accelerate.hooks import remove_hook_from_module
-
-    dtype = model.get_input_embeddings().weight.dtype
-    twin: Any = copy_of(model)
-    remove_hook_from_module(twin, recurse=True)
-    for name, layer in list(model.named_modules()):
-        if name.endswith(".base_layer") or not (isinstance(layer, peft_layer.LoraLayer) or is_quantized(layer)):
-            continue
-        base: Any = layer.get_base_layer() if isinstance(layer, peft_layer.LoraLayer) else layer
-        bias = getattr(base, "bias", None) is not None
-        replace(twin, name, nn.Linear(base.in_features, base.out_features, bias=bias, device="meta", dtype=dtype))
-    _unwrap(twin)
-    unmark(twin)
-    twin.__dict__.pop("hf_device_map", None)
-    cpu: dict[int, nn.Parameter] = {}  # tied weights stay one
-    for module in twin.modules():
-        for key, p in module._parameters.items():
-            if p is not None and not p.is_meta:
-                module._parameters[key] = cpu.setdefault(id(p), nn.Parameter(p.detach().cpu().clone(), requires_grad=False))
-        for key, b in module._buffers.items():
-            module._buffers[key] = None if b is None else b.detach().cpu().clone()
-    return twin  # type: ignore[no-any-return]
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether a module holds codes, ours or those of bitsandbytes."""
-    return isinstance(module, QuantizedLayer) or is_foreign(module)
-
-
-def _unwrap(model: nn.Module, trained: bool = True) -> None:
-    """Take peft's marks off, and put modules that were trained whole, or, unless ``trained``, those that they were made of, in place."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
-            replace(model, name, module.modules_to_save[NAME] if trained else module.original_module)
-    for attribute in ("peft_config", "_hf_peft_config_loaded", "peft_type", "base_sha256"):
-        if attribute in vars(model):
-            delattr(model, attribute)

@@ -42,8 +42,18 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def copy_of(model: nn.Module, share: bool = True) -> nn.Module:
-    """A copy of the modules; of their tensors too, unless ``share``."""
-    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]} if share else {})
+    """A copy of the modules; of their tensors too, unless ``share``.
+
+    Shared are the values. The Parameters around them are the copy's own, so that one model can move to another device or type (which
+    gives a Parameter other values in place) and the other stays as it is; tied ones stay tied. Parameters of other libraries' classes,
+    which carry more than their values, are the same objects.
+    """
+    if not share:
+        return copy.deepcopy(model)
+    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach(), requires_grad=p.requires_grad) if type(p) is nn.Parameter else p
+    return copy.deepcopy(model, memo)
 
 
 def _unswappable(model: nn.Module) -> Callable[[nn.Module], str | None]:

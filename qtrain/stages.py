@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import qtrain
 from exporters.base import ExportJob, LowRank, ReceiptFailed, packed_layers
-from qtrain import straight
+from qtrain import direct
 from qtrain.checkpoint import load_weights, save_model, tidy
 from qtrain.evaluate import Batch, classification_metrics, compare_to_float, layer_table, sizes
 from qtrain.fit import Fit, build, check, train
@@ -22,10 +22,11 @@ from qtrain.layers import fake_layers
 from qtrain.malloc import release
 from qtrain.module import Module
 from qtrain.placement import moved
-from qtrain.prepare import copy_of, lost_by_dtype
+from qtrain.prepare import SWAPPABLE, copy_of, lost_by_dtype
 from qtrain.record import Record
 from qtrain.sensitivity import analyze, keep_most_harmful, print_analysis
 from qtrain.streaming import RuntimeOnly, halved, rows, streamed
+from qtrain.targets import inside
 from qtrain.tasks import Task, task
 
 DATA_FOR = {
@@ -59,7 +60,7 @@ class Setup:
 
 def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     """Data, model and device."""
-    straight.check(config)
+    direct.check(config)
     judged = task(getattr(config.model, "task", "classification"))
     if config.optimize is not None and config.optimize not in judged.metrics:
         raise ValueError(
@@ -75,23 +76,43 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     processor = config.model.processor()
     data = config.data.build(processor, config.seed)
     names = data.label_names
-    model = config.model.build(len(names), config.seed, names) if config.baseline else straight.load(config, record)
+    model = config.model.build(len(names), config.seed, names) if config.baseline else direct.load(config, record)
     data.check(model)
     for note in data.notes:
         record.note(note)
     record.fallbacks(getattr(config.model, "fallbacks", []))
     fresh = getattr(config.model, "new_parameters", [])
-    if fresh and config.finetune.epochs == 0 and config.adapter is None:
+    if config.adapter is not None:
+        whole = inside(model, config.adapter.modules_to_save)
+        fresh = [name for name in fresh if name.rsplit(".", 1)[0] not in whole]
+    if fresh and config.finetune.epochs == 0 and config.adapter is not None:
+        raise ValueError(
+            f"{len(fresh)} parameters of the model are new and untrained, the first {fresh[0]}, and an adapter leaves them as they are. "
+            f"Set adapter.modules_to_save=[{fresh[0].split('.')[0]}], or finetune.epochs=2, or model.path to one with a trained classifier"
+        )
+    if fresh and config.finetune.epochs == 0:
         raise ValueError(
             f"finetune.epochs=0, but {len(fresh)} parameters of the model are new and untrained, the first {fresh[0]}. "
             "Set finetune.epochs=2, say, or model.path to a model with a trained classifier"
         )
     batches = list(data.test_dataloader())
-    wants_gpu = config.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
-    device = torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
+    device = device_of(config)
     check(config, model, device)
     judged.check(model, batches)
     return Setup(config, record, folder, data, device, batches, judged, processor, config.quantizer), model
+
+
+def device_of(config: Any) -> torch.device:
+    """Where the run computes."""
+    wants_gpu = config.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
+
+
+def always_float(config: Any, model: nn.Module) -> list[str]:
+    """Names of the modules that no base quantizes: the family's own, and what an adapter's run trains whole."""
+    whole = inside(model, config.adapter.modules_to_save) if config.adapter is not None else []
+    heads = config.model.always_float(model)
+    return [*heads, *(n for n in whole if n not in heads and isinstance(model.get_submodule(n), SWAPPABLE))]
 
 
 def preflight(setup: Setup, model: nn.Module) -> None:
@@ -105,7 +126,7 @@ def preflight(setup: Setup, model: nn.Module) -> None:
             _preflight_exports(setup, model)
             return
     example = setup.data.example_inputs(2)
-    always = setup.config.model.always_float(model)
+    always = always_float(config, model)
     if setup.task.name == "classification":
         trial = _classification_trial(scheme, model, always, example)
     else:  # rows are rounded one by one, so one of each weight shows what all would
@@ -132,7 +153,8 @@ def _classification_trial(scheme: Any, model: nn.Module, always: list[str], exam
 def quantize(setup: Setup, float_model: nn.Module) -> nn.Module:
     """Put a copy of ``float_model`` on the grid: transform, find out what to keep in float, prepare, calibrate."""
     config, record = setup.config, setup.record
-    scheme, always = setup.scheme, config.model.always_float(float_model)
+    scheme = setup.scheme
+    always = always_float(config, float_model) if scheme is config.quantizer else config.model.always_float(float_model)
     calibration = calibration_batches(setup, scheme)
     model = scheme.transform(copy_of(float_model, share=not scheme.moves_weights), calibration, always)
     if config.analyze or scheme.automatic:
@@ -177,7 +199,7 @@ def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: A
     config, folder = setup.config, setup.folder / "checkpoints"
     done, steps = folder / stage, folder / f"{stage}-steps"
     if config.resume and done.exists():
-        load_weights(done, model)
+        load_weights(done, model, base_sha256=getattr(model, "base_sha256", None))
         setup.record.note(f"{stage}: already trained, loaded from {done}")
         return
     seed_everything(config.seed, verbose=False)
@@ -197,7 +219,7 @@ def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: A
         resume=bool(config.resume),
     )
     record_dtypes(setup, model)
-    save_model(done, model, stage=stage)
+    save_model(done, model, stage=stage, base_sha256=getattr(model, "base_sha256", None))
     tidy(steps, keep=None)
     del module, optimizer
     release()

@@ -43,3 +43,16 @@ def select(model: nn.Module, include: list[str], keep_float: list[str]) -> tuple
 
 def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatchcase(name, p) for p in patterns)
+
+
+def inside(model: nn.Module, ends: list[str]) -> list[str]:
+    """Names of the modules that are trained whole where an adapter's `modules_to_save` are ``ends``, and of those in them.
+
+    As peft takes it: a name that ends in one of ``ends``, if only with its last letters.
+    """
+
+    def is_inside(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[: i + 1]).endswith(tuple(ends)) for i in range(len(parts)))
+
+    return [name for name, _ in model.named_modules() if name and ends and is_inside(name)]

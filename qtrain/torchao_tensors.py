@@ -14,21 +14,20 @@ from qtrain.registry import get
 
 @torch.no_grad()
 def swap(model: nn.Module, linear: dict[str, Any], options: Any) -> None:
-    """Put torchao's tensors in place of the weights of ``linear``, on the GPU where there is one.
+    """Put torchao's tensors in place of the weights of ``linear``, where they are.
 
     Raises:
         ValueError: if a weight is not finite, or a group does not divide its rows.
     """
     from torchao.quantization import quantize_
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = settings(options.weight)
     for name, module in progress(linear.items(), f"quantizing to {options.type}"):
         require_finite(module.weight, f"the weight of {name}")
         why = options.weight.check_shape(tuple(module.weight.shape))
         if why:
             raise ValueError(f"{name}: {why}, or leave it in float: quantizer.keep_float=[{name}]")
-        module.weight = nn.Parameter(module.weight.detach().to(device), requires_grad=False)  # float weights may be shared with others
+        module.weight = nn.Parameter(module.weight.detach(), requires_grad=False)  # float weights may be shared with others
         quantize_(module, config)
 
 

@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import seed_everything
 from torch import nn
 
 from exporters.base import LowRank
 from qtrain.console import console
 from qtrain.layers import fake_layers
 from qtrain.loftq import start_near
-from qtrain.lora import NAME, Adapter, attach, lora_layers, merged_float, merged_inside, targets, without
+from qtrain.lora import Adapter, attach, require_fits, require_norms, require_same, targets
 from qtrain.malloc import release
 from qtrain.memory import announce, report
+from qtrain.merging import NAME, base_of, lora_layers, merged_float, merged_inside
 from qtrain.peak import measured_peak
 from qtrain.placement import gathered
 from qtrain.prepare import copy_of
-from qtrain.stages import Setup, fit_stage, measure, quantize
+from qtrain.stages import Setup, always_float, fit_stage, measure, quantize
 from qtrain.tokens import render
 
 STAGES = {"apart": "adapter", "float": "merged_float", "rounded": "merged_rounded", "consistent": "merged_consistent"}
@@ -57,9 +59,24 @@ def check(setup: Setup, model: nn.Module) -> None:
             f"quantizer={config.quantizer.registered_name} rounds activations, through which no gradient reaches the adapters of earlier "
             "layers. Set grid@quantizer.activation=null, or quantizer=qat"
         )
-    always = config.model.always_float(model)
+    if setup.task.name == "embedding" and not getattr(getattr(config.quantizer, "distill", None), "weight", 0):
+        raise ValueError(
+            "an embedding model has no labels for an adapter to learn from: it can only be distilled, which quantizer="
+            f"{config.quantizer.registered_name} does not. Set quantizer=qat quantizer.distill.weight=1, or adapter=null"
+        )
+    if str(config.trainer.get("precision", "")).endswith("16-true") and merging != "consistent":
+        raise ValueError(
+            f"trainer.precision={config.trainer['precision']} would turn the scales of the frozen base into 16 bits, which makes it "
+            "another one. Set trainer.precision=bf16-mixed"
+        )
+    always = always_float(config, model)
     config.quantizer.weight_grids(model, always)
-    targets(model, config.adapter.target_modules, [*always, *config.adapter.modules_to_save])
+    require_fits(model, config.adapter)
+    targets(model, config.adapter.target_modules, always)
+    if getattr(config.quantizer, "type", "") == "int8":
+        require_norms(config.adapter, setup.device)
+    if config.adapter.path is not None:
+        require_same(Path(config.adapter.path).expanduser(), config.adapter)
 
 
 def source(setup: Setup, float_model: nn.Module) -> nn.Module:
@@ -67,10 +84,10 @@ def source(setup: Setup, float_model: nn.Module) -> nn.Module:
     options = setup.config.adapter
     if options.init != "loftq":
         return float_model
-    always = setup.config.model.always_float(float_model)
+    always = always_float(setup.config, float_model)
     near = copy_of(float_model, share=False)
     grids = setup.scheme.weight_grids(near, always)
-    names = targets(near, options.target_modules, [*always, *options.modules_to_save])
+    names = targets(near, options.target_modules, always)
     chosen = {name: grids[name] for name in names if name in grids}
     setup.starts = start_near(near, chosen, options.rank, options.scaling, options.loftq_iterations)
     return near
@@ -91,7 +108,9 @@ def tune(setup: Setup, model: nn.Module, float_model: nn.Module | None, float_ou
     base = model
     if merging != "consistent" and next(fake_layers(model), None) is not None:
         base = scheme.convert(model)  # a frozen weight is decoded in each step, not rounded
-    adapter = attach(base, options, setup.task.name, setup.config.model.always_float(float_model or base))
+    seed_everything(setup.config.seed, verbose=False)  # the same A in a run that goes on
+    adapter = attach(base, options, setup.task.name, always_float(setup.config, float_model or base))
+    trainable = adapter.trainable
     for name, (a, b) in setup.starts.items():
         adapter.start(name, a, b)
     if options.path is not None:
@@ -107,9 +126,9 @@ def tune(setup: Setup, model: nn.Module, float_model: nn.Module | None, float_ou
     outputs = measure(setup, "adapter", base, float_outputs)
     compare_samples(setup, before, greedy(setup, base, options))
     folder = setup.folder / "adapter"
-    adapter.save(folder, {"recipe": setup.config.recipe, "merge": merging, "base": scheme.registered_name})
+    adapter.save(folder, {"recipe": setup.config.recipe, "merge": merging, "base": scheme.registered_name, "init": options.init})
     deployed, outputs = _merges(setup, base, merging, float_model, outputs, float_outputs)
-    setup.record.data["adapter"] = _about(setup, adapter, merging)
+    setup.record.data["adapter"] = _about(setup, adapter, merging, trainable)
     return deployed, outputs
 
 
@@ -119,7 +138,8 @@ def _merges(
     """Measure every merge that the options allow; the one to deploy, and its outputs."""
     if merging == "apart":
         if float_model is not None:  # else there may be no room for one
-            _merged_float(setup, base, float_model, float_outputs)
+            merged, _ = _merged_float(setup, base, float_model, float_outputs)
+            _also_rounded(setup, merged, float_outputs)
         return base, outputs
     if merging == "consistent":
         deployed = merged_inside(base)
@@ -133,7 +153,8 @@ def _merges(
         setup.record.data["merge_equals_training"] = change
         return deployed, merged
     merged, merged_outputs = _merged_float(setup, base, float_model, float_outputs)
-    if setup.config.adapter.deploy is None or merging == "float":
+    if merging == "float":
+        _also_rounded(setup, merged, float_outputs)
         return merged, merged_outputs
     return _rounded(setup, merged, float_outputs)
 
@@ -149,15 +170,26 @@ def _rounded(setup: Setup, merged: nn.Module, float_outputs: Any) -> tuple[nn.Mo
     return model, measure(setup, STAGES["rounded"], model, float_outputs)
 
 
+def _also_rounded(setup: Setup, merged: nn.Module, float_outputs: Any) -> None:
+    """Measure what `adapter.deploy` would make of the merged model, where it is given though something else is deployed."""
+    if setup.config.adapter.deploy is None:
+        return
+    kept, data = setup.scheme, setup.record.data
+    said: dict[str, Any] = {key: data[key] for key in ("kept_float", "analysis") if key in data}
+    _rounded(setup, merged, float_outputs)
+    setup.scheme = kept
+    data |= said
+
+
 def apart(setup: Setup, model: nn.Module) -> tuple[nn.Module, LowRank]:
     """The base, and the adapter that stays beside it, for exporters; both on the CPU."""
     options = setup.config.adapter
     model = gathered(model)
     layers = {name: (layer.lora_A[NAME].weight.detach(), layer.lora_B[NAME].weight.detach()) for name, layer in lora_layers(model).items()}
-    return without(model), LowRank(setup.folder / "adapter", layers, options.rank, options.scaling, model)
+    return base_of(model), LowRank(setup.folder / "adapter", layers, options.rank, options.scaling, model)
 
 
-def _about(setup: Setup, adapter: Adapter, merging: str) -> dict[str, Any]:
+def _about(setup: Setup, adapter: Adapter, merging: str, trainable: int) -> dict[str, Any]:
     """What run.json says of the adapter."""
     options, stages = setup.config.adapter, setup.record.data["stages"]
     return {
@@ -166,7 +198,7 @@ def _about(setup: Setup, adapter: Adapter, merging: str) -> dict[str, Any]:
         "rank": options.rank,
         "scaling": options.scaling,
         "layers": len(adapter.names),
-        "trainable_parameters": adapter.trainable,
+        "trainable_parameters": trainable,
         "base_sha256": adapter.base_sha256,
         "merge": merging,
         "merges": {merge: stages[stage] for merge, stage in STAGES.items() if stage in stages},

@@ -71,6 +71,17 @@ class GraphScheme(Quantizer):
         """Activations have static ranges."""
         return True
 
+    def weight_grids(self, model: nn.Module, keep_float: list[str]) -> dict[str, Any]:
+        """There are none by name: torch decides in the graph.
+
+        Raises:
+            ValueError: always; an adapter asks for them.
+        """
+        raise ValueError(
+            f"quantizer={self.registered_name} traces the model into a graph, which has no layers for an adapter to go beside. Set "
+            "quantizer=qat (trained on the deployed grid), quantizer=bnb or quantizer=rtn, or adapter=null"
+        )
+
     def prepare(self, model: nn.Module, keep_float: list[str], example: dict[str, Any] | None = None) -> tuple[nn.Module, list[str]]:
         """Trace ``model`` and put torch's observers (or fake-quantizers) into the graph.
 

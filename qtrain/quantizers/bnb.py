@@ -69,9 +69,9 @@ class Bnb(FrozenBase):
 
     def settings(self, skip: list[str]) -> Any:
         """transformers' config that makes it read weights straight into these layers; modules in ``skip`` stay in float."""
-        from qtrain.bnb import settings
+        from qtrain.bnb import exactly, settings
 
-        return settings(self, skip)
+        return settings(self, [exactly(name) for name in skip])
 
     def settle(self, model: nn.Module) -> None:
         """Make a model that was read so compute with its codes."""

@@ -19,7 +19,8 @@ from exporters.gguf.llama import Llama, LlamaError
 from exporters.transformers_folder import TransformersFolder
 from qtrain import registry
 from qtrain.adapters.lora import Lora
-from qtrain.lora import NAME, attach, lora_layers, merged_float, without
+from qtrain.lora import attach
+from qtrain.merging import NAME, base_of, lora_layers, merged_float
 from qtrain.receipt import nmse
 from tests.exporters.small_folder import TinyLm, language_job, plain
 from tests.tiny_lm import learn_by_heart
@@ -46,7 +47,7 @@ def apart(tiny: TinyLm, folder: Path, grid: str, **options: Any) -> ExportJob:
     layers = {n: (m.lora_A[NAME].weight.detach(), m.lora_B[NAME].weight.detach()) for n, m in lora_layers(whole).items()}
     job = language_job(whole, tiny.model, tiny.tokenizer, tiny.batches, folder)
     beside = LowRank(folder / "trained", layers, lora.rank, lora.scaling, whole)
-    return dataclasses.replace(job, model=without(whole), adapter=beside)
+    return dataclasses.replace(job, model=base_of(whole), adapter=beside)
 
 
 @pytest.mark.parametrize(("grid", "variant"), [("q4_0", "lora"), ("q8_0", "rslora")])

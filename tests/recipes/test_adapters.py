@@ -64,7 +64,7 @@ def test_a_recipe_of_a_language_model_ends_with_every_merge_measured(recipe: str
 def test_base_and_adapter_kept_apart_are_both_left_behind(model: Path, tmp_path: Path) -> None:
     options = [f"model.path={model}", *NO_EXPORT, *SHORT, "adapter.merge=apart", "adapter.variant=dora", "adapter.sample=null"]
     result, _ = run("qlora_smollm2", tmp_path / "run", *options)
-    assert set(result["adapter"]["merges"]) == {"apart", "float"} and result["convert_equals_prepare"]["nmse"] < 1e-9
+    assert set(result["adapter"]["merges"]) == {"apart", "float", "rounded"} and result["convert_equals_prepare"]["nmse"] < 1e-9
     assert {row["grid"] for row in result["quantized"]} == {"nf4 b64 double-quantized"} and len(result["quantized"]) == 14
     assert all(row["sqnr_db"] > 15 for row in result["quantized"])
     converted = json.loads((tmp_path / "run" / "checkpoints" / "converted" / "checkpoint.json").read_text())
@@ -92,9 +92,17 @@ def test_base_and_adapter_are_deployed_as_two_things(target: str, model: Path, t
         assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "model.safetensors"} <= files
 
 
+def test_a_new_classifier_is_trained_or_refused(tiny_options: list[str], tmp_path: Path) -> None:
+    options = [o for o in tiny_options if not o.startswith(("finetune", "quantizer"))]
+    done = qtrain("+recipe=lora_bert", *options, "adapter.modules_to_save=[]", f"run_dir={tmp_path / 'r'}", cwd=tmp_path)
+    assert done.returncode != 0 and "Set adapter.modules_to_save=[classifier]" in done.stderr.replace("\n", " ")
+
+
 def test_a_classifier_is_tuned_beside_nf4_and_deployed_in_int8(tiny_options: list[str], tmp_path: Path) -> None:
     options = [o for o in tiny_options if not o.startswith(("finetune", "quantizer"))]
-    result, _ = run("lora_bert", tmp_path / "run", *options, "adapter.rank=8", "adapter.fit.epochs=12", "adapter.fit.learning_rate=5e-3")
+    result, said = run("lora_bert", tmp_path / "run", *options, "adapter.rank=8", "adapter.fit.epochs=12", "adapter.fit.learning_rate=5e-3")
+    shown = f"{result['adapter']['trainable_parameters']:,} trainable parameters"
+    assert shown in said, "run.json and the console count differently"
     (entry,) = result["exports"]
     pair = entry["receipt"]["metric"]["accuracy"]
     assert pair["training"] > 0.8 > result["stages"]["float"]["accuracy"] and abs(pair["training"] - pair["runtime"]) < 0.01
@@ -190,6 +198,11 @@ def test_a_killed_run_goes_on_from_an_adapter_alone_to_the_same_numbers(model: P
         (["adapter.merge=consistent"], "Set quantizer=qat"),
         (["adapter.path=nowhere"], "no adapter_config.json"),
         (["optimizer=paged_adamw_8bit"], "CUDA"),
+        (["dry_run=true", "optimizer=paged_adamw_8bit"], "CUDA"),
+        (["dry_run=true", "baseline=false", "quantizer=rtn"], "or baseline=true"),
+        (["quantizer=ptq_graph"], "traces the model into a graph"),
+        (["trainer.precision=bf16-true"], "Set trainer.precision=bf16-mixed"),
+        (["adapter.modules_to_save=[classifier]"], "no module of LlamaForCausalLM"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_trained(options: list[str], message: str, model: Path, tmp_path: Path) -> None:

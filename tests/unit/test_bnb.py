@@ -14,8 +14,9 @@ from qtrain.adapters.lora import Lora
 from qtrain.bnb import codes_of, is_bnb
 from qtrain.foreign import convert
 from qtrain.layers import QuantizedLinear
-from qtrain.lora import attach, base_hash, merged_float
+from qtrain.lora import attach, base_hash
 from qtrain.memory import logical, stored_bytes
+from qtrain.merging import merged_float
 from qtrain.quantizers.bnb import Bnb
 from tests.tiny_lm import learn_by_heart, tiny_language_model
 

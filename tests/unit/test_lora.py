@@ -14,7 +14,8 @@ from qtrain import registry
 from qtrain.adapters.lora import Lora
 from qtrain.checkpoint import moving_state
 from qtrain.layers import FakeLinear, QuantizedLinear
-from qtrain.lora import NAME, Adapter, attach, base_hash, lora_layers, merged_float, merged_inside, merged_weight, targets
+from qtrain.lora import Adapter, attach, base_hash, targets
+from qtrain.merging import NAME, lora_layers, merged_float, merged_inside, merged_weight
 from qtrain.prepare import convert, prepare
 from tests.tiny_lm import tiny_language_model
 

@@ -11,8 +11,9 @@ import torch
 from qtrain.adapters.lora import Lora
 from qtrain.foreign import codes_of, convert, is_foreign
 from qtrain.layers import QuantizedLinear
-from qtrain.lora import attach, base_hash, merged_float
+from qtrain.lora import attach, base_hash
 from qtrain.memory import stored_bytes
+from qtrain.merging import merged_float
 from qtrain.quantizers.torchao_base import Torchao
 from tests.tiny_lm import learn_by_heart, tiny_language_model
 

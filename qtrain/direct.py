@@ -13,6 +13,7 @@ from torch import nn
 
 from qtrain.foreign import is_foreign
 from qtrain.record import Record
+from qtrain.targets import inside
 
 
 def check(config: Any) -> None:
@@ -28,6 +29,11 @@ def check(config: Any) -> None:
                 "baseline=true is not. Set baseline=false, or model.device_map=null"
             )
         return
+    if str(getattr(config.model, "path", "")).endswith(".gguf"):
+        raise ValueError(
+            f"baseline=false reads the weights of a transformers folder one by one, and model.path={config.model.path} is a GGUF file, "
+            "which transformers decodes whole. Set baseline=true, or model.path=/a/folder"
+        )
     refused = [] if config.quantizer.loads else [f"quantizer={config.quantizer.registered_name}"]
     refused += [] if hasattr(config.model, "build_quantized") else [f"model={config.model.registered_name}"]
     refused += ["adapter=null"] if config.adapter is None else []
@@ -48,7 +54,8 @@ def load(config: Any, record: Record) -> nn.Module:
         ValueError: if the weights cannot be read, are not finite, or other layers were swapped than the options say.
     """
     scheme, empty = config.quantizer, config.model.empty()
-    wanted, kept = scheme.chosen(empty, config.model.always_float(empty))
+    whole = [n for n in inside(empty, config.adapter.modules_to_save) if isinstance(empty.get_submodule(n), nn.Linear)]
+    wanted, kept = scheme.chosen(empty, list(dict.fromkeys([*config.model.always_float(empty), *whole])))
     skip = [name for name in kept if isinstance(empty.get_submodule(name), nn.Linear)]
     model: nn.Module = config.model.build_quantized(scheme.settings(skip))
     found = {name for name, module in model.named_modules() if is_foreign(module)}

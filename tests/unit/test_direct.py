@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qtrain import straight
+from qtrain import direct
 from qtrain.adapters.lora import Lora
 from qtrain.bnb import is_bnb
-from qtrain.lora import attach, base_hash, lora_layers, merged_float
+from qtrain.lora import attach, base_hash
+from qtrain.merging import lora_layers, merged_float
 from qtrain.models.causal_lm import CausalLm
 from qtrain.module import Module
 from qtrain.placement import gathered, is_spread, moved
@@ -32,13 +33,13 @@ IDS = torch.arange(1, 81).reshape(2, 40)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_language_model(tmp_path_factory.mktemp("straight") / "model")
+    return tiny_language_model(tmp_path_factory.mktemp("direct") / "model")
 
 
 def loaded(folder: Path, tmp_path: Path, scheme: Any, **options: Any) -> tuple[Any, Record]:
     """The base without a float model, and what was recorded."""
     record = Record(tmp_path, "test", 0, {})
-    return straight.load(SimpleNamespace(model=CausalLm(str(folder), **options), quantizer=scheme), record), record
+    return direct.load(SimpleNamespace(model=CausalLm(str(folder), **options), quantizer=scheme), record), record
 
 
 def by_way_of_float(folder: Path, scheme: Any, dtype: str = "float32") -> tuple[Any, list[str]]:
@@ -118,7 +119,7 @@ def test_what_cannot_do_without_a_float_model_is_refused(options: dict[str, Any]
     usual = {"baseline": False, "model": CausalLm(), "quantizer": Bnb(), "adapter": Lora(), "analyze": False}
     config = SimpleNamespace(**usual | {"finetune": SimpleNamespace(epochs=0)} | options)
     with pytest.raises(ValueError, match=message):
-        straight.check(config)
+        direct.check(config)
 
 
 @pytest.mark.parametrize(
