@@ -13,7 +13,7 @@ from torch import nn
 
 from qtrain.foreign import is_foreign
 from qtrain.record import Record
-from qtrain.targets import inside
+from qtrain.targets import always_float
 
 
 def check(config: Any) -> None:
@@ -54,8 +54,7 @@ def load(config: Any, record: Record) -> nn.Module:
         ValueError: if the weights cannot be read, are not finite, or other layers were swapped than the options say.
     """
     scheme, empty = config.quantizer, config.model.empty()
-    whole = [n for n in inside(empty, config.adapter.modules_to_save) if isinstance(empty.get_submodule(n), nn.Linear)]
-    wanted, kept = scheme.chosen(empty, list(dict.fromkeys([*config.model.always_float(empty), *whole])))
+    wanted, kept = scheme.chosen(empty, always_float(config, empty))
     skip = [name for name in kept if isinstance(empty.get_submodule(name), nn.Linear)]
     model: nn.Module = config.model.build_quantized(scheme.settings(skip))
     found = {name for name, module in model.named_modules() if is_foreign(module)}

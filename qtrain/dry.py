@@ -16,7 +16,8 @@ from torch import nn
 from qtrain.lora import attach
 from qtrain.memory import announce
 from qtrain.record import Record
-from qtrain.stages import Setup, always_float, device_of, preflight
+from qtrain.stages import Setup, device_of, preflight
+from qtrain.targets import always_float
 from qtrain.tasks import task
 
 SAMPLE = 1 << 20

@@ -22,11 +22,11 @@ from qtrain.layers import fake_layers
 from qtrain.malloc import release
 from qtrain.module import Module
 from qtrain.placement import moved
-from qtrain.prepare import SWAPPABLE, copy_of, lost_by_dtype
+from qtrain.prepare import copy_of, lost_by_dtype
 from qtrain.record import Record
 from qtrain.sensitivity import analyze, keep_most_harmful, print_analysis
 from qtrain.streaming import RuntimeOnly, halved, rows, streamed
-from qtrain.targets import inside
+from qtrain.targets import always_float, inside
 from qtrain.tasks import Task, task
 
 DATA_FOR = {
@@ -106,13 +106,6 @@ def device_of(config: Any) -> torch.device:
     """Where the run computes."""
     wants_gpu = config.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
     return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
-
-
-def always_float(config: Any, model: nn.Module) -> list[str]:
-    """Names of the modules that no base quantizes: the family's own, and what an adapter's run trains whole."""
-    whole = inside(model, config.adapter.modules_to_save) if config.adapter is not None else []
-    heads = config.model.always_float(model)
-    return [*heads, *(n for n in whole if n not in heads and isinstance(model.get_submodule(n), SWAPPABLE))]
 
 
 def preflight(setup: Setup, model: nn.Module) -> None:

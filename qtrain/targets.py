@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,3 +56,16 @@ def inside(model: nn.Module, ends: list[str]) -> list[str]:
         return any(".".join(parts[: i + 1]).endswith(tuple(ends)) for i in range(len(parts)))
 
     return [name for name, _ in model.named_modules() if name and ends and is_inside(name)]
+
+
+def always_float(config: Any, model: nn.Module) -> list[str]:
+    """Names of the modules that no base quantizes: the family's own, and what an adapter's run trains whole.
+
+    Args:
+        config: `qtrain.config.Config`.
+    """
+    from qtrain.prepare import SWAPPABLE
+
+    whole = inside(model, config.adapter.modules_to_save) if config.adapter is not None else []
+    heads: list[str] = config.model.always_float(model)
+    return [*heads, *(n for n in whole if n not in heads and isinstance(model.get_submodule(n), SWAPPABLE))]

@@ -28,7 +28,8 @@ from qtrain.merging import NAME, base_of, lora_layers, merged_float, merged_insi
 from qtrain.peak import measured_peak
 from qtrain.placement import gathered
 from qtrain.prepare import copy_of
-from qtrain.stages import Setup, always_float, fit_stage, measure, quantize
+from qtrain.stages import Setup, fit_stage, measure, quantize
+from qtrain.targets import always_float
 from qtrain.tokens import render
 
 STAGES = {"apart": "adapter", "float": "merged_float", "rounded": "merged_rounded", "consistent": "merged_consistent"}

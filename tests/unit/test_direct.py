@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(folder: Path, tmp_path: Path, scheme: Any, **options: Any) -> tuple[Any, Record]:
     """The base without a float model, and what was recorded."""
     record = Record(tmp_path, "test", 0, {})
-    return direct.load(SimpleNamespace(model=CausalLm(str(folder), **options), quantizer=scheme), record), record
+    return direct.load(SimpleNamespace(model=CausalLm(str(folder), **options), quantizer=scheme, adapter=Lora()), record), record
 
 
 def by_way_of_float(folder: Path, scheme: Any, dtype: str = "float32") -> tuple[Any, list[str]]:

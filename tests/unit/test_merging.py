@@ -28,8 +28,7 @@ from qtrain.prepare import copy_of
 from qtrain.quantizers.bnb import Bnb
 from qtrain.quantizers.qat import Qat
 from qtrain.quantizers.rtn import Rtn
-from qtrain.stages import always_float
-from qtrain.targets import inside
+from qtrain.targets import always_float, inside
 from tests.tiny_lm import learn_by_heart, tiny_language_model
 
 IDS = torch.arange(1, 81).reshape(2, 40)
