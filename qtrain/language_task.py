@@ -288,11 +288,13 @@ class Language(Task):
             total = total + (checkpoint(part, *given, use_reentrant=False) if again else part(*given)).to(total.device)
         return total / len(targets)
 
+    def count(self, batch: Batch) -> int:
+        """Scored tokens."""
+        return int((batch[1][:, 1:] != IGNORED).sum())
+
     def validate(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], int]:
         """Loss in nats per token."""
-        labels = batch[1]
-        count = int((labels[:, 1:] != IGNORED).sum())
-        return {"validation_loss": self.loss(model, batch, None, 0.0, 1.0)}, count
+        return {"validation_loss": self.loss(model, batch, None, 0.0, 1.0)}, self.count(batch)
 
     @torch.inference_mode()
     def predict(self, model: Any, batches: list[Batch], what: str) -> LanguageOutputs:

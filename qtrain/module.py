@@ -44,6 +44,8 @@ class Module(LightningModule):
         self.temperature = temperature
         self.steps = 0
         """Optimizer steps of the stage, known when training starts."""
+        self._first = self._seen = 0
+        """Examples (scored tokens) of the first batch since the last optimizer step, and of all of them."""
         self.strict_loading = not has_adapter(model)
         # in a list: neither a submodule, nor in checkpoints, nor put in training mode
         self._teacher = [teacher.eval()] if teacher is not None and distill_weight > 0 else []
@@ -86,7 +88,24 @@ class Module(LightningModule):
         teacher = self._teacher[0].to(self.device) if self._teacher else None
         loss = self.task.loss(self.model, batch, teacher, self.distill_weight, self.temperature)
         self.log("loss", loss.detach(), prog_bar=True)
-        return loss
+        if self._trainer is None or self.trainer.accumulate_grad_batches == 1:
+            return loss
+        count = self.task.count(batch)
+        self._first = self._first or count
+        self._seen += count
+        return loss * (count / self._first)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients of several batches are those of one: each example, of a text each scored token, weighs the same in the mean.
+
+        Lightning has divided each batch's own mean by the number of batches, also where an epoch ends before there are as many.
+        """
+        if self._seen:
+            factor = self.trainer.accumulate_grad_batches * self._first / self._seen
+            for p in self.parameters():
+                if p.grad is not None and factor != 1:
+                    p.grad.mul_(factor)
+        self._first = self._seen = 0
 
     def validation_step(self, batch: Batch, _: int) -> None:
         """Log what the task validates by."""

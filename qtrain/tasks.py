@@ -42,6 +42,10 @@ class Task(ABC):
     def loss(self, model: nn.Module, batch: Batch, teacher: nn.Module | None, weight: float, temperature: float) -> Tensor:
         """Training loss of one batch, a scalar: (1 - weight) * own loss + weight * T^2 * KL(teacher || model) at temperature T."""
 
+    def count(self, batch: Batch) -> int:
+        """What the loss of a batch is a mean over: its examples, unless the task says otherwise."""
+        return len(batch[1])
+
     @abstractmethod
     def validate(self, model: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], int]:
         """`validation_loss` and others of one batch, and how many examples they are means over."""
