@@ -111,6 +111,11 @@ def device_of(config: Any) -> torch.device:
 def preflight(setup: Setup, model: nn.Module) -> None:
     """Find in seconds what would fail after minutes: patterns, shapes, and exporters that cannot hold the grids."""
     config = setup.config
+    if config.analyze and hasattr(config.quantizer, "swap"):
+        raise ValueError(
+            f"analyze=true switches qtrain's layers on and off, and those of quantizer={config.quantizer.registered_name} are another "
+            "library's. Set analyze=false, or quantizer=rtn grid@quantizer.weight=nf4, say"
+        )
     scheme = copy.deepcopy(config.quantizer)
     if config.adapter is not None:
         merging = config.adapter.merging(scheme)

@@ -147,6 +147,7 @@ class TransformersFolder(Exporter):
             about.write_pooling(job.model, folder)
         if job.adapter is not None:
             shutil.copytree(job.adapter.folder, folder / ADAPTER)
+            about.forget_base(folder / ADAPTER)
         files = sorted(f for f in folder.rglob("*") if f.is_file())
         beside = None if job.adapter is None else folder / ADAPTER
         return Artefact(folder, files, fallbacks=self._fallbacks(held), adapter_path=beside)

@@ -77,6 +77,13 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise ValueError(f"the folder {folder} has no {ABOUT}; it was not written by qtrain") from error
 
 
+def forget_base(adapter: Path) -> None:
+    """Take the name of the float model out of a copied adapter: the base is the folder around it, on its grid."""
+    path = adapter / "adapter_config.json"
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps(held | {"base_model_name_or_path": None}, indent=2, sort_keys=True) + "\n")
+
+
 def write_pooling(model: Any, folder: Path) -> None:
     """modules.json and 1_Pooling/config.json, as sentence-transformers reads them."""
     kinds = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import qtrain
 from tests.recipes.test_recipes import TINY_LM
@@ -59,6 +60,21 @@ def test_a_recipe_of_a_language_model_ends_with_every_merge_measured(recipe: str
         assert set(adapter["merges"]) == {"apart", "float"} | ({"rounded"} if deployed == "merged_rounded" else set())
     if recipe.startswith("loftq"):
         assert stages["adapter_start"]["kl"] < stages["ptq"]["kl"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recipe", ["qlora_smollm2", "qlora_int8_smollm2", "loftq_smollm2", "qat_lora_q4_0_smollm2"])
+@pytest.mark.parametrize("merge", ["auto", "apart"])
+def test_the_recipes_run_on_a_gpu(recipe: str, merge: str, model: Path, tmp_path: Path) -> None:
+    if merge == "apart" and recipe.startswith("qat"):
+        pytest.skip("an adapter inside the weight is not kept apart")
+    options = [f"model.path={model}", *TINY_LM, *SHORT, "trainer.accelerator=gpu", f"adapter.merge={merge}"]
+    options += ["export=[transformers]"] if merge == "apart" else []
+    result, _ = run(recipe, tmp_path / "run", *options)
+    assert result["status"] == "passed" and result["memory"]["measured"]["cuda_peak_bytes"] > 0
+    assert result["stages"]["adapter"]["perplexity"] < result["stages"]["ptq"]["perplexity"]
+    assert all(entry["receipt"]["passed"] for entry in result["exports"])
 
 
 def test_base_and_adapter_kept_apart_are_both_left_behind(model: Path, tmp_path: Path) -> None:
@@ -166,8 +182,10 @@ def test_the_shape_for_one_gpu_is_checked_without_its_weights(tmp_path: Path) ->
     assert result["status"] == "passed" and result["config"]["adapter"]["rank"] == 16
 
 
-def test_a_killed_run_goes_on_from_an_adapter_alone_to_the_same_numbers(model: Path, tmp_path: Path) -> None:
-    options = [f"model.path={model}", *NO_EXPORT, *SHORT, "adapter.fit.checkpoint_every=4", "adapter.sample=null"]
+@pytest.mark.parametrize("baseline", ["true", "false"])
+def test_a_killed_run_goes_on_from_an_adapter_alone_to_the_same_numbers(baseline: str, model: Path, tmp_path: Path) -> None:
+    options = [f"model.path={model}", *NO_EXPORT, *SHORT, "adapter.fit.checkpoint_every=4", "adapter.sample=null", f"baseline={baseline}"]
+    options += ["finetune.epochs=0"] if baseline == "false" else []
     whole, _ = run("qlora_smollm2", tmp_path / "whole", *options)
     folder = tmp_path / "killed"
     process = subprocess.Popen(
@@ -201,6 +219,7 @@ def test_a_killed_run_goes_on_from_an_adapter_alone_to_the_same_numbers(model: P
         (["dry_run=true", "optimizer=paged_adamw_8bit"], "CUDA"),
         (["dry_run=true", "baseline=false", "quantizer=rtn"], "or baseline=true"),
         (["quantizer=ptq_graph"], "traces the model into a graph"),
+        (["analyze=true"], "Set analyze=false"),
         (["trainer.precision=bf16-true"], "Set trainer.precision=bf16-mixed"),
         (["adapter.modules_to_save=[classifier]"], "no module of LlamaForCausalLM"),
     ],
