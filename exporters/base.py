@@ -264,12 +264,14 @@ class Exporter(ABC):
             )
         self.refuse(model)
 
-    def refuse_adapter(self, variant: str, others: list[str]) -> None:
+    def refuse_adapter(self, variant: str, others: list[str], model: nn.Module, names: list[str]) -> None:
         """Raise if this exporter cannot write an adapter beside its base.
 
         Args:
             variant: lora, rslora or dora.
             others: options by which more than A and B is trained.
+            model: the float model, with or without storage.
+            names: its layers with an adapter.
 
         Raises:
             ValueError: if so.

@@ -181,7 +181,7 @@ def main() -> None:
         sys.argv[1:] = rewrite(args)
         register_all()
         if {"--help", "-h"} & set(args):
-            print_help(args)
+            print_help(sys.argv[1:])
             return
         task()
         if _failure:

@@ -166,7 +166,7 @@ def load_weights(folder: Path, model: nn.Module, base_sha256: str | None = None)
         ValueError: if the folder is damaged, does not fit the model, or holds other grids or an adapter of another base.
     """
     tree = load(folder)
-    if base_sha256 is not None and tree.get("base_sha256") != base_sha256:
+    if base_sha256 is not None and tree.get("base_sha256", base_sha256) != base_sha256:
         raise ValueError(
             f"checkpoint {folder} holds an adapter of another base (sha256 {str(tree.get('base_sha256'))[:12]}…) than this one "
             f"({base_sha256[:12]}…). Start a new run, or put model.path and quantizer back as they were"

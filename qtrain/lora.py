@@ -214,13 +214,18 @@ def require_base(folder: Path, base_sha256: str) -> None:
         )
 
 
+def has_module(model: nn.Module, end: str) -> bool:
+    """Whether a module's name is ``end``, or ends in it."""
+    return any(name == end or name.endswith(f".{end}") for name, _ in model.named_modules())
+
+
 def require_fits(model: nn.Module, options: Any) -> None:
     """Refuse modules to train whole that the model does not have.
 
     Raises:
         ValueError: naming them.
     """
-    missing = [m for m in options.modules_to_save if not any(n == m or n.endswith(f".{m}") for n, _ in model.named_modules())]
+    missing = [m for m in options.modules_to_save if not has_module(model, m)]
     if missing:
         raise ValueError(
             f"adapter.modules_to_save has {missing[0]!r}, which is no module of {type(model).__name__}. Set adapter.modules_to_save=[]"
@@ -240,16 +245,18 @@ def require_norms(options: Any, device: torch.device) -> None:
         )
 
 
-def require_same(folder: Path, options: Any) -> None:
+def require_same(folder: Path, options: Any, model: nn.Module) -> None:
     """Refuse an adapter folder that was made with other options than this run's: another scale would be another model.
 
     Raises:
         ValueError: naming the options to set.
     """
     held = json.loads((folder / "adapter_config.json").read_text())
+    if held.get("peft_type") != "LORA":
+        raise ValueError(f"the adapter in {folder} is of the type {held.get('peft_type')}, not LORA. Set adapter.path=null for a new one")
     variant = "dora" if held.get("use_dora") else "rslora" if held.get("use_rslora") else "lora"
     was = {"rank": held["r"], "alpha": held["lora_alpha"], "variant": variant, "bias": held.get("bias", "none")}
-    was["modules_to_save"] = sorted(held.get("modules_to_save") or [])
+    was["modules_to_save"] = sorted(m for m in held.get("modules_to_save") or [] if has_module(model, m))  # peft names some that may be
     now = {key: getattr(options, key) for key in was} | {"modules_to_save": sorted(options.modules_to_save)}
     wrong = {key: value for key, value in was.items() if value != now[key]}
     if wrong:
@@ -293,7 +300,8 @@ def attach(model: nn.Module, options: Any, task: str, without: list[str]) -> Ada
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that LoraOnCodes' base is no nn.Linear
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
-    config.task_type = TASKS[task]  # for those who load the folder
+    if task != "classification" or options.modules_to_save:  # else peft would look for a trained classifier in the folder
+        config.task_type = TASKS[task]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_" not in name and "modules_to_save" not in name:
             parameter.data = parameter.data.clone()  # a bias that is trained; its values were the float model's too

@@ -100,6 +100,9 @@ def merged_float(model: nn.Module, float_model: nn.Module | None = None) -> nn.M
     for name, parameter in model.named_parameters():  # biases that were trained outside of the layers above
         if parameter.requires_grad and name in own:
             own[name].data = parameter.detach().to(own[name].device, own[name].dtype).clone()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            twin.get_submodule(name).load_state_dict(module.state_dict())
     return twin.requires_grad_(False).eval()
 
 

@@ -46,11 +46,12 @@ def copy_of(model: nn.Module, share: bool = True) -> nn.Module:
 
     Shared are the values. The Parameters around them are the copy's own, so that one model can move to another device or type (which
     gives a Parameter other values in place) and the other stays as it is; tied ones stay tied. Parameters of other libraries' classes,
-    which carry more than their values, are the same objects.
+    which carry more than their values, are the same objects; so are buffers, but for the statistics of batch-norms, which training moves.
     """
     if not share:
         return copy.deepcopy(model)
-    memo: dict[int, Any] = {id(b): b for b in model.buffers()}
+    moving = {id(b) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for b in m.buffers()}
+    memo: dict[int, Any] = {id(b): b for b in model.buffers() if id(b) not in moving}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(p.detach(), requires_grad=p.requires_grad) if type(p) is nn.Parameter else p
     return copy.deepcopy(model, memo)

@@ -122,7 +122,7 @@ def _logits(receipt: dict[str, Any]) -> str:
 def _legend(run: dict[str, Any]) -> str:
     """What the numbers of the closing table are."""
     if not run["exports"]:
-        return "nothing was exported (export=[])"
+        return "nothing was exported"
     if not any(entry["receipt"].get("latency_ms") for entry in run["exports"]):
         return "sizes (and tokens per second, medians on this machine) are of the written files; float: the same model, not quantized"
     return "latency: batch x tokens (or the shape of the images), medians on this machine; float: the same graph in float32"

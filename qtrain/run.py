@@ -115,9 +115,17 @@ def refuse_other_run(folder: Path, resolved: dict[str, Any]) -> None:
     if not path.exists():
         return
     was = json.loads(path.read_text())["config"]
-    changed = [key for key in resolved if key not in ("resume", "run_dir", "traceback", "logger") and resolved[key] != was.get(key)]
+    changed = [key for key in was if key not in ("resume", "run_dir", "traceback", "logger") and not _same(resolved.get(key), was[key])]
     if changed:
         raise ValueError(
             f"resume={folder}: the recipe has changed since that run was started ({changed[0]} was {was.get(changed[0])} and is now "
-            f"{resolved[changed[0]]}). Start a new run, or put the recipe back as it was"
+            f"{resolved.get(changed[0])}). Start a new run, or put the recipe back as it was"
         )
+
+
+def _same(now: Any, was: Any) -> bool:
+    """Whether a configuration says what one read from json said; what is new since then says nothing."""
+    if isinstance(now, dict) and isinstance(was, dict):
+        held = {str(key): value for key, value in now.items()}
+        return all(key in held and _same(held[key], value) for key, value in was.items())
+    return bool(json.loads(json.dumps(now)) == was)

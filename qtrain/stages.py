@@ -88,7 +88,8 @@ def load(config: Any, record: Record, folder: Path) -> tuple[Setup, nn.Module]:
     if fresh and config.finetune.epochs == 0 and config.adapter is not None:
         raise ValueError(
             f"{len(fresh)} parameters of the model are new and untrained, the first {fresh[0]}, and an adapter leaves them as they are. "
-            f"Set adapter.modules_to_save=[{fresh[0].split('.')[0]}], or finetune.epochs=2, or model.path to one with a trained classifier"
+            f"Set adapter.modules_to_save=[{','.join(dict.fromkeys(n.rsplit('.', 1)[0] for n in fresh))}], or finetune.epochs=2, or "
+            "model.path to a model with a trained classifier"
         )
     if fresh and config.finetune.epochs == 0:
         raise ValueError(
@@ -124,7 +125,8 @@ def preflight(setup: Setup, model: nn.Module) -> None:
             _preflight_exports(setup, model)
             return
     example = setup.data.example_inputs(2)
-    always = always_float(config, model)
+    rounds = config.adapter is not None and config.adapter.merging(config.quantizer) == "rounded"
+    always = config.model.always_float(model) if rounds else always_float(config, model)
     if setup.task.name == "classification":
         trial = _classification_trial(scheme, model, always, example)
     else:  # rows are rounded one by one, so one of each weight shows what all would
@@ -190,16 +192,16 @@ def record_dtypes(setup: Setup, model: nn.Module) -> None:
     setup.record.fallbacks([lost for lost in lost_by_dtype(model) if lost not in setup.record.data["fallbacks"]])
 
 
-def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: Any = (), teacher: nn.Module | None = None) -> None:
-    """Train ``model`` in place, or load what an earlier run of this folder trained."""
+def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: Any = (), teacher: nn.Module | None = None) -> bool:
+    """Train ``model`` in place, or load what an earlier run of this folder trained; whether it trained."""
     if fit.epochs == 0 or fit.max_steps == 0:
-        return
+        return False
     config, folder = setup.config, setup.folder / "checkpoints"
     done, steps = folder / stage, folder / f"{stage}-steps"
     if config.resume and done.exists():
         load_weights(done, model, base_sha256=getattr(model, "base_sha256", None))
         setup.record.note(f"{stage}: already trained, loaded from {done}")
-        return
+        return False
     seed_everything(config.seed, verbose=False)
     distill = getattr(config.quantizer, "distill", None)
     optimizer = build(config.optimizer, "optimizer")
@@ -221,6 +223,7 @@ def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: A
     tidy(steps, keep=None)
     del module, optimizer
     release()
+    return True
 
 
 def measure(setup: Setup, stage: str, model: nn.Module, float_outputs: Any = None) -> Any:
@@ -244,7 +247,8 @@ def convert(setup: Setup, model: nn.Module, outputs: Any, float_model: nn.Module
     scheme = setup.scheme
     before = {} if float_model is None else dict(float_model.named_parameters(remove_duplicate=False))
     trained = {name: p.detach() for name, p in before.items()}
-    trained |= {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False) if n not in trained or p.shape == trained[n].shape}
+    now = {n: p for n, p in model.named_parameters(remove_duplicate=False) if type(p) is nn.Parameter}  # not codes of another library
+    trained |= {n: p.detach() for n, p in now.items() if n not in trained or p.shape == trained[n].shape}
     trained |= {f"{name}.weight": layer.folded()[0].detach() for name, layer in fake_layers(model)}
     model = moved(scheme.convert(model), setup.device)
     record_fallbacks(setup)

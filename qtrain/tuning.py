@@ -10,6 +10,7 @@ What is deployed goes on to `convert` and the exporters like any other quantized
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from qtrain.peak import measured_peak
 from qtrain.placement import gathered
 from qtrain.prepare import copy_of
 from qtrain.stages import Setup, fit_stage, measure, quantize
-from qtrain.targets import always_float
+from qtrain.targets import always_float, inside
 from qtrain.tokens import render
 
 STAGES = {"apart": "adapter", "float": "merged_float", "rounded": "merged_rounded", "consistent": "merged_consistent"}
@@ -44,12 +45,6 @@ def check(setup: Setup, model: nn.Module) -> None:
     """
     config = setup.config
     merging = config.adapter.merging(config.quantizer)
-    if merging == "apart":
-        options = config.adapter
-        others = [f"adapter.bias={options.bias}"] if options.bias != "none" else []
-        others += [f"adapter.modules_to_save=[{','.join(options.modules_to_save)}]"] if options.modules_to_save else []
-        for exporter in config.export.values():
-            exporter.refuse_adapter(options.variant, others)
     if merging != "consistent" and config.quantizer.smoothquant is not None:
         raise ValueError(
             f"quantizer.smoothquant={config.quantizer.smoothquant} divides the inputs of layers, which an adapter's merge does not know. "
@@ -71,13 +66,25 @@ def check(setup: Setup, model: nn.Module) -> None:
             "another one. Set trainer.precision=bf16-mixed"
         )
     always = always_float(config, model)
-    config.quantizer.weight_grids(model, always)
-    require_fits(model, config.adapter)
-    targets(model, config.adapter.target_modules, always)
+    grids = config.quantizer.weight_grids(model, always)
+    options = config.adapter
+    require_fits(model, options)
+    whole = [name for name in inside(model, options.modules_to_save) if name in grids]
+    if whole:  # of a mix, which names a type for every tensor
+        raise ValueError(
+            f"adapter.modules_to_save={options.modules_to_save} trains {whole[0]}, and quantizer.weight puts it on a grid. Set "
+            f"quantizer.keep_float=[{','.join(whole)}]"
+        )
+    names = targets(model, options.target_modules, always)
+    if merging == "apart":
+        others = [f"adapter.bias={options.bias}"] if options.bias != "none" else []
+        others += [f"adapter.modules_to_save=[{','.join(options.modules_to_save)}]"] if options.modules_to_save else []
+        for exporter in config.export.values():
+            exporter.refuse_adapter(options.variant, others, model, names)
     if getattr(config.quantizer, "type", "") == "int8":
         require_norms(config.adapter, setup.device)
     if config.adapter.path is not None:
-        require_same(Path(config.adapter.path).expanduser(), config.adapter)
+        require_same(Path(config.adapter.path).expanduser(), config.adapter, model)
 
 
 def source(setup: Setup, float_model: nn.Module) -> nn.Module:
@@ -122,14 +129,15 @@ def tune(setup: Setup, model: nn.Module, float_model: nn.Module | None, float_ou
     before = greedy(setup, base, options)
     release()  # else what evaluation left would hide what training needs
     with measured_peak() as peak:
-        fit_stage(setup, "adapter", base, options.fit, scheme.callbacks(), teacher=float_model)
-    report(setup, peak)
+        trained = fit_stage(setup, "adapter", base, options.fit, scheme.callbacks(), teacher=float_model)
+    if trained:
+        report(setup, peak)
     outputs = measure(setup, "adapter", base, float_outputs)
-    compare_samples(setup, before, greedy(setup, base, options))
+    said = compare_samples(setup, before, greedy(setup, base, options))
     folder = setup.folder / "adapter"
     adapter.save(folder, {"recipe": setup.config.recipe, "merge": merging, "base": scheme.registered_name, "init": options.init})
     deployed, outputs = _merges(setup, base, merging, float_model, outputs, float_outputs)
-    setup.record.data["adapter"] = _about(setup, adapter, merging, trainable)
+    setup.record.data["adapter"] = _about(setup, adapter, merging, trainable) | said
     return deployed, outputs
 
 
@@ -175,11 +183,16 @@ def _also_rounded(setup: Setup, merged: nn.Module, float_outputs: Any) -> None:
     """Measure what `adapter.deploy` would make of the merged model, where it is given though something else is deployed."""
     if setup.config.adapter.deploy is None:
         return
-    kept, data = setup.scheme, setup.record.data
-    said: dict[str, Any] = {key: data[key] for key in ("kept_float", "analysis") if key in data}
-    _rounded(setup, merged, float_outputs)
-    setup.scheme = kept
-    data |= said
+    record, scheme = setup.record, setup.scheme
+    before = {key: copy.copy(value) for key, value in record.data.items() if key != "stages"}
+    try:
+        _rounded(setup, merged, float_outputs)
+    except ValueError as error:
+        before["notes"].append(f"merged and rounded was not measured: {error}")
+    setup.scheme = scheme
+    stages = record.data["stages"]
+    record.data.clear()
+    record.data |= before | {"stages": stages}
 
 
 def apart(setup: Setup, model: nn.Module) -> tuple[nn.Module, LowRank]:
@@ -203,7 +216,7 @@ def _about(setup: Setup, adapter: Adapter, merging: str, trainable: int) -> dict
         "base_sha256": adapter.base_sha256,
         "merge": merging,
         "merges": {merge: stages[stage] for merge, stage in STAGES.items() if stage in stages},
-    } | setup.record.data.get("adapter", {})
+    }
 
 
 @torch.inference_mode()
@@ -231,10 +244,10 @@ def greedy(setup: Setup, model: Any, options: Any) -> str | None:
     return text
 
 
-def compare_samples(setup: Setup, before: str | None, after: str | None) -> None:
-    """Show what the model said before and after."""
+def compare_samples(setup: Setup, before: str | None, after: str | None) -> dict[str, Any]:
+    """Show what the model said before and after; the same for run.json."""
     if before is None or after is None:
-        return
-    setup.record.data["adapter"] = {"sample": {"prompt": setup.config.adapter.sample, "before": before, "after": after}}
+        return {}
     for when, text in (("before", before), ("after", after)):
         console.print(f"  {when:6} {setup.config.adapter.sample!r} -> {text!r}", style="dim", soft_wrap=True, highlight=False)
+    return {"sample": {"prompt": setup.config.adapter.sample, "before": before, "after": after}}

@@ -153,11 +153,11 @@ class Gguf(Exporter):
             artefact.float_path = artefact.float_files[0]
         return artefact
 
-    def refuse_adapter(self, variant: str, others: list[str]) -> None:
+    def refuse_adapter(self, variant: str, others: list[str], model: nn.Module, names: list[str]) -> None:
         """See `Exporter.refuse_adapter`: llama.cpp reads A and B of LoRA."""
         from exporters.gguf.adapter import refuse
 
-        refuse(variant, others)
+        refuse(variant, others, model, names)
 
     def packed(self, model: nn.Module) -> dict[str, Any]:
         """As every exporter's; a tied head is the embedding's tensor, and is checked as that."""

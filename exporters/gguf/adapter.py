@@ -21,15 +21,16 @@ from torch import Tensor
 
 from exporters.base import ExportJob, LowRank
 from exporters.gguf.contents import placed
+from exporters.gguf.graph import Transform
 
 VARIANTS = ("lora", "rslora")
 
 
-def refuse(variant: str, others: list[str]) -> None:
+def refuse(variant: str, others: list[str], model: Any, names: list[str]) -> None:
     """Raise for what such a file cannot hold.
 
     Raises:
-        ValueError: for DoRA, and for ``others``: what is trained beside A and B.
+        ValueError: for DoRA, for ``others``, what is trained beside A and B, and for layers without a tensor of their own.
     """
     given = [f"adapter.variant={variant}"] if variant not in VARIANTS else []
     if given or others:
@@ -37,23 +38,31 @@ def refuse(variant: str, others: list[str]) -> None:
             f"export=gguf with adapter.merge=apart writes an adapter as llama.cpp reads it, A and B of Linear layers alone, without "
             f"{', '.join([*given, *others])}. Set adapter.merge=float, or adapter.variant=lora adapter.bias=none adapter.modules_to_save=[]"
         )
+    places(model, names)
+
+
+def places(model: Any, layers: list[str]) -> dict[str, tuple[str, Transform]]:
+    """Layer -> its tensor in the model's file, and what is done to the rows.
+
+    Raises:
+        ValueError: if one has no tensor of its own.
+    """
+    known = placed(model)
+    missing = [name for name in layers if f"{name}.weight" not in known]
+    if missing:
+        raise ValueError(
+            f"the file has no tensor of its own for {missing[0]}, so an adapter cannot stand beside it. Leave it out of "
+            "adapter.target_modules, or set adapter.merge=float"
+        )
+    return {name: known[f"{name}.weight"] for name in layers}
 
 
 def tensors(model: Any, adapter: LowRank) -> dict[str, Tensor]:
-    """Name in the file -> float32 tensor.
-
-    Raises:
-        ValueError: if the model's file has no tensor of its own for a layer.
-    """
+    """Name in the file -> float32 tensor; see `places` for what is refused."""
     found = {}
+    known = places(model, list(adapter.layers))
     for name, (a_rI, b_Or) in adapter.layers.items():
-        place = placed(model, f"{name}.weight")
-        if place is None:
-            raise ValueError(
-                f"the file has no tensor of its own for {name}, so an adapter cannot stand beside it. Leave it out of "
-                "adapter.target_modules, or set adapter.merge=float"
-            )
-        tensor, transform = place
+        tensor, transform = known[name]
         found[f"{tensor}.lora_a"] = a_rI.float().cpu()
         found[f"{tensor}.lora_b"] = transform.apply(b_Or.float().cpu())
     return found

@@ -109,11 +109,14 @@ def entries(model: nn.Module, float_type: str = "f16", pooling: str | None = Non
     return _fused(list(found.values())) if arch.fused else list(found.values())
 
 
-def placed(model: nn.Module, parameter: str) -> tuple[str, Transform] | None:
-    """The GGUF name of a model's parameter, and what is done to its rows; None where no tensor of the file is that one alone."""
+def placed(model: nn.Module) -> dict[str, tuple[str, Transform]]:
+    """Parameter -> GGUF name, and what is done to its rows, of those that have a tensor of the file to themselves."""
     config, arch, _, known = _named(model, None)
-    name = None if arch.fused else known.get(parameter)
-    return None if name is None else (name, arch.transform(name, config.num_attention_heads, kv_heads(config)))
+    if arch.fused:
+        return {}
+    users = Counter(known.values())  # a tied head's tensor is the embedding's
+    alone = {p: name for p, name in known.items() if users[name] == 1}
+    return {p: (name, arch.transform(name, config.num_attention_heads, kv_heads(config))) for p, name in alone.items()}
 
 
 def left_out(model: nn.Module, pooling: str | None = None) -> list[str]:
@@ -206,7 +209,7 @@ def _tied(model: Any, arch: Architecture) -> bool:
         )
     else:
         a, b = getattr(head, "weight", None), getattr(embedding, "weight", None)
-        same = a is not None and b is not None and (a is b or torch.equal(a, b))
+        same = a is not None and b is not None and (a is b or (not a.is_meta and torch.equal(a, b)))
     if not same and not arch.own_output:
         raise ValueError(
             f"llama.cpp's {arch.name} graph has one tensor for embedding and head, and the model's differ; put both on one grid "

@@ -152,7 +152,7 @@ class TransformersFolder(Exporter):
         beside = None if job.adapter is None else folder / ADAPTER
         return Artefact(folder, files, fallbacks=self._fallbacks(held), adapter_path=beside)
 
-    def refuse_adapter(self, variant: str, others: list[str]) -> None:
+    def refuse_adapter(self, variant: str, others: list[str], model: nn.Module, names: list[str]) -> None:
         """See `Exporter.refuse_adapter`: peft reads its own folder, whatever is in it."""
 
     def _packed(self, model: nn.Module) -> dict[str, Any]:

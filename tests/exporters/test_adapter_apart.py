@@ -76,7 +76,7 @@ def test_rows_of_b_go_where_the_rows_of_the_weight_go(tiny: TinyLm, tmp_path: Pa
     """llama.cpp wants the rows of q and k in another order; B as peft has it would be another model, and the receipt sees it."""
     job = apart(tiny, tmp_path, "q8_0")
     beside = adapter.placed
-    monkeypatch.setattr(adapter, "placed", lambda model, name: (beside(model, name)[0], type(beside(model, name)[1])()))  # type: ignore[index]
+    monkeypatch.setattr(adapter, "placed", lambda model: {p: (name, type(t)()) for p, (name, t) in beside(model).items()})
     with pytest.raises(ReceiptFailed, match=r"logits_nmse|top1_agreement|perplexity"):
         Gguf(**QUICK).export(job)
 
@@ -96,11 +96,13 @@ def test_a_damaged_adapter_is_seen(tiny: TinyLm, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("variant", "others"), [("dora", []), ("lora", ["adapter.bias=all"])])
-def test_what_llama_has_no_place_for_is_refused(variant: str, others: list[str]) -> None:
+def test_what_llama_has_no_place_for_is_refused(tiny: TinyLm, variant: str, others: list[str]) -> None:
     with pytest.raises(ValueError, match=rf"without {others[0] if others else 'adapter.variant=dora'}.*Set adapter\.merge=float"):
-        Gguf().refuse_adapter(variant, others)
+        Gguf().refuse_adapter(variant, others, tiny.model, [])
     with pytest.raises(ValueError, match=r"export=onnx writes one model"):
-        registry.get("export", "onnx")().refuse_adapter("lora", [])
+        registry.get("export", "onnx")().refuse_adapter("lora", [], tiny.model, [])
+    with pytest.raises(ValueError, match=r"no tensor of its own for lm_head"):  # it is the embedding's
+        Gguf().refuse_adapter("lora", [], tiny.model, ["lm_head"])
 
 
 @pytest.mark.parametrize(("grid", "variant"), [("nf4", "dora"), ("q4_1", "lora")])

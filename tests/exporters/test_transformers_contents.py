@@ -183,7 +183,7 @@ class Writes(nn.Module):
 )
 def test_generation_may_part_only_where_rounding_decides(theirs: list[int], gap: float, said: str) -> None:
     tokenizer = SimpleNamespace(decode=str)
-    job: Any = SimpleNamespace(model=Writes(gap), comparison=SimpleNamespace(sequences=[[1, 2, 4]]), processor=tokenizer)
+    job: Any = SimpleNamespace(whole=Writes(gap), comparison=SimpleNamespace(sequences=[[1, 2, 4]]), processor=tokenizer)
     session: Any = SimpleNamespace(value=lambda *_, **__: {"ids": theirs})
     found = generation(job, session, 4, noise=0.01)
     assert re.match(said, found)

@@ -224,7 +224,13 @@ def test_a_run_is_resumed_as_it_was_started_or_not_at_all(tiny_options: list[str
 @pytest.mark.parametrize(
     "options",
     [
-        ["quantizer.learn_scale=true", "quantizer.distill.weight=0.5", "quantizer.freeze_step=6", "trainer.accumulate_grad_batches=2"],
+        [
+            "quantizer.learn_scale=true",
+            "quantizer.distill.weight=0.5",
+            "quantizer.freeze_step=6",
+            "trainer.accumulate_grad_batches=2",
+            "finetune.epochs=12",
+        ],
         ["finetune.keep=best", "quantizer.fit.keep=best", "quantizer.freeze_step=5", "logger=tensorboard", "quantizer.start_step=2"],
         ["trainer=deterministic", "logger=none", "export.onnx.weights=matmul_nbits", "quantizer.embedding.bits=4"],
         [

@@ -153,6 +153,25 @@ def test_a_model_that_is_spread_over_devices_stays_where_it_is() -> None:
     assert module.to("meta").model[0].weight.is_meta
 
 
+def test_an_untied_model_is_checked_for_its_exporter_without_weights(tmp_path: Path) -> None:
+    """Head and embedding are two tensors, which cannot be compared where they have no storage."""
+    path = tiny_language_model(tmp_path / "untied", tied=False)
+    command = [sys.executable, "-m", "qtrain", "+recipe=qlora_smollm2", f"model.path={path}", "baseline=false", "dry_run=true"]
+    done = subprocess.run([*command, "data.context=64", f"run_dir={tmp_path / 'run'}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "trainable parameters" in done.stdout, done.stderr + done.stdout
+
+
+def test_layers_without_an_adapter_are_exported_too(folder: Path, tmp_path: Path) -> None:
+    options = ["adapter.target_modules=[q_proj,v_proj]", "adapter.merge=apart", "export=[transformers]", "quantizer@adapter.deploy=null"]
+    options += ["data.context=64", "data.train_tokens=3000", "data.eval_tokens=400", "adapter.fit.max_steps=2", "adapter.sample=null"]
+    command = [sys.executable, "-m", "qtrain", "+recipe=qlora_smollm2", f"model.path={folder}", "baseline=false", *options]
+    done = subprocess.run([*command, "logger=none", f"run_dir={tmp_path / 'run'}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    result = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert len(result["quantized"]) == 14 and not any("sqnr_db" in row for row in result["quantized"])
+    assert "4 layers" in result["exports"][0]["receipt"]["checks"]["adapter"] and result["exports"][0]["receipt"]["passed"]
+
+
 @pytest.mark.parametrize("merge", ["apart", "rounded"])
 def test_the_command_line(folder: Path, tmp_path: Path, merge: str) -> None:
     options = ["export=[]", "quantizer@adapter.deploy=null"] if merge == "apart" else ["export.gguf.strings=20", "export.gguf.generate=4"]

@@ -169,9 +169,9 @@ def test_peft_trains_no_module_that_was_not_named() -> None:
 def test_a_folder_is_not_loaded_with_other_options(float_model: Any, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     adapter = attach(copy.deepcopy(float_model), Lora(rank=4, alpha=8), "language", HEAD)
     adapter.save(tmp_path / "a", {})
-    require_same(tmp_path / "a", Lora(rank=4, alpha=8))
+    require_same(tmp_path / "a", Lora(rank=4, alpha=8), float_model)
     with pytest.raises(ValueError, match=message):
-        require_same(tmp_path / "a", Lora(**{"rank": 4, "alpha": 8, **options}))
+        require_same(tmp_path / "a", Lora(**{"rank": 4, "alpha": 8, **options}), float_model)
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
 
 
