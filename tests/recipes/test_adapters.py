@@ -220,6 +220,10 @@ def test_a_killed_run_goes_on_from_an_adapter_alone_to_the_same_numbers(baseline
         (["dry_run=true", "baseline=false", "quantizer=rtn"], "or baseline=true"),
         (["quantizer=ptq_graph"], "traces the model into a graph"),
         (["analyze=true"], "Set analyze=false"),
+        (
+            ["quantizer=rtn", "grid@quantizer.weight=q4_k_m", "adapter.modules_to_save=[up_proj]"],
+            "Set quantizer.keep_float=[model.layers.0",
+        ),
         (["trainer.precision=bf16-true"], "Set trainer.precision=bf16-mixed"),
         (["adapter.modules_to_save=[classifier]"], "no module of LlamaForCausalLM"),
     ],

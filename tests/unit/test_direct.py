@@ -26,6 +26,7 @@ from qtrain.placement import gathered, is_spread, moved
 from qtrain.quantizers.bnb import Bnb
 from qtrain.quantizers.rtn import Rtn
 from qtrain.record import Record
+from qtrain.run import refuse_other_run
 from tests.tiny_lm import learn_by_heart, tiny_language_model
 
 IDS = torch.arange(1, 81).reshape(2, 40)
@@ -138,6 +139,16 @@ def test_bad_placements_are_refused(options: dict[str, Any], message: str) -> No
 def test_too_little_room_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"do not fit onto the devices of model\.device_map=auto.*Raise model\.max_memory"):
         loaded(folder, tmp_path, Bnb(), device_map="auto", max_memory={"cpu": "300KB"})
+
+
+def test_a_run_goes_on_with_keys_that_json_turns_into_text_and_with_options_that_are_new(tmp_path: Path) -> None:
+    now = {"resume": "x", "baseline": False, "model": {"max_memory": {0: "20GiB"}, "device_map": "auto", "path": "m"}, "seed": 0}
+    was = {"seed": 0, "model": {"path": "m", "max_memory": {"0": "20GiB"}}}  # of a version without device_map and baseline
+    (tmp_path / "run.json").write_text(json.dumps({"config": was}))
+    refuse_other_run(tmp_path, now)
+    now["model"]["path"] = "other"  # type: ignore[index]
+    with pytest.raises(ValueError, match="the recipe has changed since that run was started"):
+        refuse_other_run(tmp_path, now)
 
 
 def test_a_model_that_is_spread_over_devices_stays_where_it_is() -> None:
