@@ -19,6 +19,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from qtrain.bnb import compute_dtype
 from qtrain.console import console
 from qtrain.fit import resolve_precision
 from qtrain.foreign import parts
@@ -123,7 +124,7 @@ def announce(setup: Any, adapter: Any, base: int | None = None) -> None:
         tokens(setup),
         checkpointing=fit.gradient_checkpointing,
         moment_bytes=moment_bytes(config.optimizer),
-        width_bytes=2 if "16" in resolve_precision(str(config.trainer.get("precision", "auto"))) else 4,
+        width_bytes=width_bytes(config),
         base=base,
     )
     total = sum(logical(p) for p in adapter.model.parameters()) + sum(
@@ -131,6 +132,14 @@ def announce(setup: Any, adapter: Any, base: int | None = None) -> None:
     )
     show(memory, adapter.trainable, total)
     setup.record.data["memory"] = {"expected": memory.rows()}
+
+
+def width_bytes(config: Any) -> int:
+    """Bytes of an activation in training: 2 under a 16-bit precision, unless bitsandbytes' 4-bit products are in float32."""
+    if "16" not in resolve_precision(str(config.trainer.get("precision", "auto"))):
+        return 4
+    products = getattr(config.quantizer, "compute_dtype", None)
+    return 4 if products is not None and config.quantizer.type != "int8" and compute_dtype(products) == torch.float32 else 2
 
 
 def report(setup: Any, peak: dict[str, int]) -> None:

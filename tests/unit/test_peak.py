@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,3 +31,20 @@ def test_where_nothing_can_be_measured_nothing_is_said(monkeypatch: pytest.Monke
     with measured_peak() as found:
         pass
     assert found == {} and peak_rss_bytes() > 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "quantizer", "width"),
+    [
+        ("32-true", {"compute_dtype": "bfloat16", "type": "nf4"}, 4),
+        ("bf16-mixed", {"compute_dtype": "bfloat16", "type": "nf4"}, 2),
+        ("bf16-mixed", {"compute_dtype": "float32", "type": "nf4"}, 4),  # products, and what waits for the backward pass, are in float32
+        ("bf16-mixed", {"compute_dtype": "float32", "type": "int8"}, 2),
+        ("bf16-mixed", {}, 2),
+    ],
+)
+def test_the_estimate_counts_activations_in_the_type_of_the_products(precision: str, quantizer: dict[str, str], width: int) -> None:
+    from qtrain.memory import width_bytes
+
+    config = SimpleNamespace(trainer={"precision": precision}, quantizer=SimpleNamespace(**quantizer))
+    assert width_bytes(config) == width
