@@ -101,35 +101,34 @@ def swap(model: nn.Module, linear: dict[str, Any], options: Any) -> list[str]:
 
 
 def settled(model: nn.Module, name: str, layer: Any) -> list[str]:
-    """Make a layer with codes compute with them: bitsandbytes' own, or ours in its place; returns the name where it is ours."""
+    """Make a layer with codes compute with them: bitsandbytes' own, or ours in its place; returns the name where it is ours.
+
+    Raises:
+        ValueError: if a scale is not finite, as that of a weight with a value that is not.
+    """
     layer.support_avx512bf16_for_cpu = False  # see qtrain/quantizers/bnb.py
-    if is_int8(layer) or decodes_rightly(layer):
+    q = codes_of(layer)
+    for part in q.params.values():
+        require_finite(part.float(), f"the scale of {name}")
+    if is_int8(layer) or decodes_rightly(layer, q):
         return []
-    replace(model, name, QuantizedLinear(codes_of(layer), layer.bias))
+    replace(model, name, QuantizedLinear(q, layer.bias))
     return [name]
 
 
 @torch.no_grad()
 def settle(model: nn.Module) -> list[str]:
-    """`settled` for every layer of a model that transformers has loaded with bitsandbytes' layers.
-
-    Raises:
-        ValueError: if a scale is not finite, as that of a weight with a value that is not.
-    """
-    wrong = []
-    for name, layer in progress([(n, m) for n, m in model.named_modules() if is_bnb(m)], "checking codes"):
-        for part in codes_of(layer).params.values():
-            require_finite(part.float(), f"the scale of {name}")
-        wrong += settled(model, name, layer)
-    return wrong
+    """`settled` for every layer of a model that transformers has loaded with bitsandbytes' layers."""
+    layers = [(name, module) for name, module in model.named_modules() if is_bnb(module)]
+    return [wrong for name, layer in progress(layers, "checking codes") for wrong in settled(model, name, layer)]
 
 
-def decodes_rightly(layer: Any) -> bool:
-    """Whether bitsandbytes computes with the numbers that a layer's codes and scales mean."""
+def decodes_rightly(layer: Any, q: QuantizedTensor) -> bool:
+    """Whether bitsandbytes computes with the numbers that a layer's codes and scales ``q`` mean."""
     import bitsandbytes
 
     decoded = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return torch.equal(decoded, codes_of(layer).decode().to(decoded.dtype))
+    return torch.equal(decoded, q.decode().to(decoded.dtype))
 
 
 def _mark(model: Any, config: Any, kind: str) -> None:

@@ -128,7 +128,8 @@ def save_model(folder: Path, model: nn.Module, whole: bool = False, **extra: Any
     """
     grids = _grids(model)
     frozen = {name: layer.weight_fake.frozen for name, layer in fake_layers(model)}
-    save(folder, {"state": dict(model.state_dict()) if whole else moving_state(model), "grids": grids, "frozen": frozen, **extra})
+    base = {"base_sha256": model.base_sha256} if has_adapter(model) else {}
+    save(folder, {"state": dict(model.state_dict()) if whole else moving_state(model), "grids": grids, "frozen": frozen, **base, **extra})
 
 
 def moving_state(model: nn.Module, prefix: str = "") -> dict[str, Any]:
@@ -156,21 +157,32 @@ def _grids(model: nn.Module) -> dict[str, dict[str, Any]]:
     return fake | {name: layer.grid.spec() for name, layer in quantized_layers(model)}
 
 
-def load_weights(folder: Path, model: nn.Module, base_sha256: str | None = None) -> dict[str, Any]:
-    """Load what `save_model` saved into a model of the same shape; returns the rest of the checkpoint.
+def require_same_base(what: str, was: Any, model: Any) -> None:
+    """Refuse a checkpoint with an adapter of another base than the model's.
 
     Args:
-        base_sha256: hash of the base that an adapter's checkpoint has to be of.
+        what: names the checkpoint.
+        was: sha256 of its base.
+
+    Raises:
+        ValueError: naming both hashes.
+    """
+    if was != model.base_sha256:
+        raise ValueError(
+            f"{what} holds an adapter of another base (sha256 {str(was)[:12]}…) than this one ({model.base_sha256[:12]}…). Start a new run "
+            "(run_dir=…), or put model.path and quantizer back as they were"
+        )
+
+
+def load_weights(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """Load what `save_model` saved into a model of the same shape; returns the rest of the checkpoint.
 
     Raises:
         ValueError: if the folder is damaged, does not fit the model, or holds other grids or an adapter of another base.
     """
     tree = load(folder)
-    if base_sha256 is not None and tree.get("base_sha256", base_sha256) != base_sha256:
-        raise ValueError(
-            f"checkpoint {folder} holds an adapter of another base (sha256 {str(tree.get('base_sha256'))[:12]}…) than this one "
-            f"({base_sha256[:12]}…). Start a new run, or put model.path and quantizer back as they were"
-        )
+    if has_adapter(model) and "base_sha256" in tree:  # versions before it did not write it
+        require_same_base(f"checkpoint {folder}", tree["base_sha256"], model)
     stored = {name: from_spec(spec).spec() for name, spec in tree["grids"].items()}
     present = _grids(model)
     if stored != present:

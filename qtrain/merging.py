@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qtrain.bnb import unmark
 from qtrain.foreign import codes_of, is_foreign
 from qtrain.layers import QuantizedLayer
+from qtrain.placement import forget_places
 from qtrain.prepare import copy_of, replace
 
 NAME = "default"
@@ -92,8 +93,8 @@ def merged_float(model: nn.Module, float_model: nn.Module | None = None) -> nn.M
             continue
         target: Any = twin.get_submodule(name)
         place: Any = {"dtype": target.weight.dtype} | ({"device": "cpu"} if float_model is None else {})
-        fits = weight.to(**place) is weight
-        target.weight = weight if fits else nn.Parameter(weight.to(**place), requires_grad=False)
+        placed = weight.to(**place)
+        target.weight = weight if placed is weight else nn.Parameter(placed, requires_grad=False)
         if getattr(base, "bias", None) is not None:
             target.bias = nn.Parameter(base.bias.detach().to(**place), requires_grad=False)
     own = dict(twin.named_parameters())
@@ -117,11 +118,9 @@ def base_of(model: Any) -> nn.Module:
 
 def frame(model: Any) -> nn.Module:
     """The modules of a base with its adapters, on the CPU, with Linear layers without storage where codes or adapters are."""
-    from accelerate.hooks import remove_hook_from_module
-
     dtype = model.get_input_embeddings().weight.dtype
     twin: Any = copy_of(model)
-    remove_hook_from_module(twin, recurse=True)
+    forget_places(twin)
     for name, layer in list(model.named_modules()):
         if name.endswith(".base_layer") or not (isinstance(layer, peft_layer.LoraLayer) or is_quantized(layer)):
             continue
@@ -130,12 +129,14 @@ def frame(model: Any) -> nn.Module:
         replace(twin, name, nn.Linear(base.in_features, base.out_features, bias=bias, device="meta", dtype=dtype))
     _unwrap(twin)
     unmark(twin)
-    twin.__dict__.pop("hf_device_map", None)
     cpu: dict[int, nn.Parameter] = {}  # tied weights stay one
     for module in twin.modules():
         for key, p in module._parameters.items():
-            if p is not None and not p.is_meta:
-                module._parameters[key] = cpu.setdefault(id(p), nn.Parameter(p.detach().cpu().clone(), requires_grad=False))
+            if p is None or p.is_meta:
+                continue
+            if id(p) not in cpu:
+                cpu[id(p)] = nn.Parameter(p.detach().cpu().clone(), requires_grad=False)
+            module._parameters[key] = cpu[id(p)]
         for key, b in module._buffers.items():
             module._buffers[key] = None if b is None else b.detach().cpu().clone()
     return twin  # type: ignore[no-any-return]

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from qtrain.checkpoint import has_adapter, moving_state
+from qtrain.checkpoint import has_adapter, moving_state, require_same_base
 from qtrain.evaluate import Batch, logits_of
 from qtrain.fit import Fit
 from qtrain.placement import is_spread
@@ -72,12 +72,8 @@ class Module(LightningModule):
         Raises:
             ValueError: naming both hashes.
         """
-        was = checkpoint.get("base_sha256")
-        if has_adapter(self.model) and was != self.model.base_sha256:
-            raise ValueError(
-                f"the checkpoint holds an adapter of another base (sha256 {str(was)[:12]}…) than this one "
-                f"({str(self.model.base_sha256)[:12]}…). Start a new run (run_dir=…), or put model.path and quantizer back as they were"
-            )
+        if has_adapter(self.model):
+            require_same_base("the checkpoint", checkpoint.get("base_sha256"), self.model)
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Keyword inputs -> logits [N, C]."""

@@ -20,11 +20,16 @@ def moved(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device) if elsewhere and not is_spread(model) else model
 
 
-def gathered(model: nn.Module) -> nn.Module:
-    """``model`` on the CPU, in place; of one that was spread, nothing is left of that."""
+def forget_places(model: nn.Module) -> None:
+    """Take off, in place, what transformers put on a model to carry values between its devices."""
     from accelerate.hooks import remove_hook_from_module
 
-    if is_spread(model):
-        remove_hook_from_module(model, recurse=True)
+    remove_hook_from_module(model, recurse=True)
     model.__dict__.pop("hf_device_map", None)
+
+
+def gathered(model: nn.Module) -> nn.Module:
+    """``model`` on the CPU, in place; of one that was spread, nothing is left of that."""
+    if hasattr(model, "hf_device_map"):
+        forget_places(model)
     return model.cpu()

@@ -117,16 +117,15 @@ def preflight(setup: Setup, model: nn.Module) -> None:
             f"analyze=true switches qtrain's layers on and off, and those of quantizer={config.quantizer.registered_name} are another "
             "library's. Set analyze=false, or quantizer=rtn grid@quantizer.weight=nf4, say"
         )
-    scheme = copy.deepcopy(config.quantizer)
+    scheme, always = copy.deepcopy(config.quantizer), always_float(config, model)
     if config.adapter is not None:
         merging = config.adapter.merging(scheme)
-        scheme = copy.deepcopy(config.adapter.deploy) if merging == "rounded" else scheme
+        if merging == "rounded":
+            scheme, always = copy.deepcopy(config.adapter.deploy), config.model.always_float(model)
         if merging == "float" or (merging == "apart" and not config.export):
             _preflight_exports(setup, model)
             return
     example = setup.data.example_inputs(2)
-    rounds = config.adapter is not None and config.adapter.merging(config.quantizer) == "rounded"
-    always = config.model.always_float(model) if rounds else always_float(config, model)
     if setup.task.name == "classification":
         trial = _classification_trial(scheme, model, always, example)
     else:  # rows are rounded one by one, so one of each weight shows what all would
@@ -199,7 +198,7 @@ def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: A
     config, folder = setup.config, setup.folder / "checkpoints"
     done, steps = folder / stage, folder / f"{stage}-steps"
     if config.resume and done.exists():
-        load_weights(done, model, base_sha256=getattr(model, "base_sha256", None))
+        load_weights(done, model)
         setup.record.note(f"{stage}: already trained, loaded from {done}")
         return False
     seed_everything(config.seed, verbose=False)
@@ -219,7 +218,7 @@ def fit_stage(setup: Setup, stage: str, model: nn.Module, fit: Fit, callbacks: A
         resume=bool(config.resume),
     )
     record_dtypes(setup, model)
-    save_model(done, model, stage=stage, base_sha256=getattr(model, "base_sha256", None))
+    save_model(done, model, stage=stage)
     tidy(steps, keep=None)
     del module, optimizer
     release()

@@ -11,6 +11,7 @@ What is deployed goes on to `convert` and the exporters like any other quantized
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,16 +184,14 @@ def _also_rounded(setup: Setup, merged: nn.Module, float_outputs: Any) -> None:
     """Measure what `adapter.deploy` would make of the merged model, where it is given though something else is deployed."""
     if setup.config.adapter.deploy is None:
         return
-    record, scheme = setup.record, setup.scheme
-    before = {key: copy.copy(value) for key, value in record.data.items() if key != "stages"}
+    aside = copy.copy(setup.record)  # what is not deployed leaves nothing but its metrics
+    aside.data = copy.deepcopy(setup.record.data)
     try:
-        _rounded(setup, merged, float_outputs)
+        _rounded(replace(setup, record=aside), merged, float_outputs)
     except ValueError as error:
-        before["notes"].append(f"merged and rounded was not measured: {error}")
-    setup.scheme = scheme
-    stages = record.data["stages"]
-    record.data.clear()
-    record.data |= before | {"stages": stages}
+        setup.record.note(f"merged and rounded was not measured: {error}")
+        return
+    setup.record.data["stages"][STAGES["rounded"]] = aside.data["stages"][STAGES["rounded"]]
 
 
 def apart(setup: Setup, model: nn.Module) -> tuple[nn.Module, LowRank]:

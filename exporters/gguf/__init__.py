@@ -137,7 +137,7 @@ class Gguf(Exporter):
         ]
         if job.adapter is not None:
             artefact.adapter_path = folder / f"{stem}-lora.gguf"
-            adapter.write(artefact.adapter_path, job, {key: value for key, value, _ in about}["general.architecture"])
+            adapter.write(artefact.adapter_path, job)
             artefact.files.append(artefact.adapter_path)
         if job.task == "language":
             beside = None if artefact.adapter_path is None else artefact.adapter_path.name

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from exporters.base import ExportJob, LowRank
+from exporters.gguf.architectures import architecture
 from exporters.gguf.contents import placed
 from exporters.gguf.graph import Transform
 
@@ -68,11 +69,11 @@ def tensors(model: Any, adapter: LowRank) -> dict[str, Tensor]:
     return found
 
 
-def write(path: Path, job: ExportJob, architecture: str) -> None:
+def write(path: Path, job: ExportJob) -> None:
     """Write the adapter's file."""
-    adapter = job.adapter
+    adapter, config = job.adapter, job.model.config
     assert adapter is not None
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture(config.get_text_config()).name)  # type: ignore[operator,union-attr]
     writer.add_type("adapter")
     writer.add_name(path.stem)
     writer.add_string("adapter.type", "lora")
